@@ -1,0 +1,31 @@
+# Sourced by the other scripts: a virtual environment with this project in it.
+# Set PYTHON to choose the interpreter, VENV to choose where the environment goes.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+VENV=${VENV:-.venv}
+
+find_python() {
+  local candidate
+  for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
+    if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$candidate"
+      return
+    fi
+  done
+  echo "error: Python 3.11 or newer is needed; set PYTHON=/path/to/python" >&2
+  return 1
+}
+
+# install [EXTRA]: installs the project with the versions of constraints.txt, unless that
+# has been done since pyproject.toml and constraints.txt last changed.
+install() {
+  local extra=${1:-} python stamp
+  stamp="$VENV/.installed-${extra:-core}-$(cat pyproject.toml constraints.txt | cksum | tr ' ' '-')"
+  [ -e "$stamp" ] && return
+  python=$(find_python) || return
+  echo "installing into $VENV (a few minutes the first time) …"
+  [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV" || return
+  "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
+    --constraint constraints.txt --editable ".${extra:+[$extra]}" || return
+  touch "$stamp"
+}

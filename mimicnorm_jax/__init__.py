@@ -1,0 +1,36 @@
+"""MimicNorm in JAX and Flax: convolutional networks without BatchNorm.
+
+Weight mean and one last BN replace every BatchNorm of a network (Fei et al. 2020).
+"""
+
+from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.layers import (
+    LastBN,
+    WeightMeanConv,
+    WeightMeanDense,
+    center_kernel,
+    last_bn_cross_entropy,
+    project_weight_mean,
+    stable_variance,
+    weight_mean_mask,
+)
+from mimicnorm_jax.methods import METHODS, Method, create_method
+from mimicnorm_jax.models import NETWORKS, create_model
+
+__all__ = [
+    "METHODS",
+    "NETWORKS",
+    "LastBN",
+    "Method",
+    "UserError",
+    "WeightMeanConv",
+    "WeightMeanDense",
+    "center_kernel",
+    "create_method",
+    "create_model",
+    "last_bn_cross_entropy",
+    "project_weight_mean",
+    "stable_variance",
+    "weight_mean_mask",
+]
+__version__ = "0.1.0"

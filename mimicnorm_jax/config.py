@@ -1,0 +1,273 @@
+"""Every field of a run's configuration: meaning, default, allowed values, one check.
+
+``python -m mimicnorm_jax.config`` prints them all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from mimicnorm_jax.errors import UserError, unknown
+from mimicnorm_jax.methods import METHODS, Method, create_method
+from mimicnorm_jax.models import NETWORKS, network_options
+from mimicnorm_jax.precision import PRECISIONS
+
+DATA_SETS = ("digits", "folder", "synthetic", "tfds")
+SCHEDULES = ("multistep", "constant", "cosine", "linear")
+
+# Fields that change what is watched or kept, not what is computed: a run may be
+# continued with another value of them.
+FREE_FIELDS = ("max_steps", "log_every", "checkpoint_every", "keep_checkpoints", "data.dir")
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One field of the configuration.
+
+    Attributes:
+      default: the default value.
+      meaning: what it does, with the unit where there is one.
+      choices: the allowed values, where they are names.
+      allowed: the allowed values in words, where they are a range.
+      check: whether a value is in that range.
+      kind: type of the value where the default, None, does not say.
+    """
+
+    default: Any
+    meaning: str
+    choices: tuple[str, ...] = ()
+    allowed: str = ""
+    check: Callable[[Any], bool] | None = None
+    kind: type | None = None
+
+    def describe(self) -> str:
+        """The allowed values, for people."""
+        words = " | ".join(self.choices) if self.choices else self.allowed
+        return words + (" (or unset)" if self.default is None else "")
+
+
+def _at_least(low: float) -> dict[str, Any]:
+    return {"allowed": f">= {low:g}", "check": lambda v: math.isfinite(v) and v >= low}
+
+
+def _above(low: float) -> dict[str, Any]:
+    return {"allowed": f"> {low:g}", "check": lambda v: math.isfinite(v) and v > low}
+
+
+def _in_unit_interval() -> dict[str, Any]:
+    return {"allowed": "0 <= value < 1", "check": lambda v: 0 <= v < 1}
+
+
+def _true_or_false() -> dict[str, Any]:
+    return {"allowed": "true | false", "check": lambda v: isinstance(v, bool)}
+
+
+def _is_regex(value: str) -> bool:
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True
+
+
+FIELDS: dict[str, Field] = {
+    "method": Field("mimicnorm", "What normalizes the network.", tuple(METHODS)),
+    "network": Field("resnet20", "The architecture.", tuple(NETWORKS)),
+    "width": Field(1.0, "Multiplier of the network's features.", **_above(0)),
+    "epochs": Field(150.0, "Length of the run in epochs; may be a fraction.", **_above(0)),
+    "max_steps": Field(None, "Stop after this many steps even if epochs are left.", **_at_least(1), kind=int),
+    "batch_size": Field(256, "Examples in a step, over all devices.", **_at_least(1)),
+    "seed": Field(0, "Decides initial values, order, augmentation and dropout.", **_at_least(0)),
+    "learning_rate": Field(0.1, "Learning rate after warm-up.", **_above(0)),
+    "precision": Field("auto", "Type of convolutions and matrix products; auto is bfloat16 on GPU and TPU, float32 on CPU.", PRECISIONS),
+    "weight_mean": Field("projected", "How weight mean is kept: by the optimizer (projected), or in the forward pass (reparameterized).", ("projected", "reparameterized")),
+    "deterministic": Field(False, "Deterministic GPU kernels, for bit-exact resume on GPUs (slower).", **_true_or_false()),
+    "num_devices": Field(None, "Devices to use; unset uses all.", **_at_least(1), kind=int),
+    "log_every": Field(10, "Steps between two lines of metrics.", **_at_least(1)),
+    "eval_every": Field(1.0, "Epochs between two evaluations; the end is always evaluated.", **_above(0)),
+    "checkpoint_every": Field(1.0, "Epochs between two checkpoints; the end is always kept.", **_above(0)),
+    "keep_checkpoints": Field(2, "Latest checkpoints to keep, beside the best one.", **_at_least(1)),
+    "network_options.stem": Field(None, "resnet*: first layers.", ("auto", "small", "large"), kind=str),
+    "network_options.shortcut": Field(None, "resnet*: what meets a changed shape.", ("auto", "identity", "projection"), kind=str),
+    "network_options.dropout": Field(None, "vgg*: dropout rate after the hidden dense layers.", **_in_unit_interval(), kind=float),
+    "network_options.depth": Field(None, "mlp: number of dense layers.", **_at_least(2), kind=int),
+    "network_options.hidden_features": Field(None, "mlp: features of the hidden layers.", **_at_least(1), kind=int),
+    "method_options.bn_sync": Field(None, "batchnorm: statistics of each device's part of the batch (local) or of all of it (global).", ("local", "global"), kind=str),
+    "method_options.conv_bias": Field(None, "batchnorm: keep convolution biases, as the published VGGs do.", **_true_or_false(), kind=bool),
+    "method_options.min_fan_in": Field(None, "mimicnorm: layers with a fan-in above this are centred (unset: 50).", **_at_least(1), kind=int),
+    "method_options.center_dense": Field(None, "mimicnorm: centre the dense layers before the classifier too.", **_true_or_false(), kind=bool),
+    "method_options.residual_init": Field(None, "mimicnorm: residual scalar at the start, 1/sqrt(l) or 1/l.", ("inverse_sqrt", "inverse"), kind=str),
+    "data.name": Field("digits", "The data set: scikit-learn's handwritten digits, images in class folders, random images with random labels, or a TFDS build.", DATA_SETS),
+    "data.dir": Field("", "folder: the directory with <split>/<class>/*.jpg; tfds: the data directory."),
+    "data.tfds_name": Field("", "tfds: name of the data set, such as cifar100."),
+    "data.train_split": Field("train", "Name of the training split or its folder."),
+    "data.test_split": Field("test", "Name of the test split or its folder."),
+    "data.image_size": Field(32, "Height and width of the images in pixels; others are resized.", **_at_least(1)),
+    "data.cache_gib": Field(2.0, "folder: decode a split once and keep it in memory if it takes at most this many GiB.", **_at_least(0)),
+    "data.mean": Field((), "Channel means for normalization, in units of 1; empty: measured on the training set.", allowed="numbers in [0, 1], one a channel", check=lambda v: all(0 <= x <= 1 for x in v)),
+    "data.std": Field((), "Channel standard deviations, likewise.", allowed="positive numbers, one a channel", check=lambda v: all(x > 0 for x in v)),
+    "data.pad_crop": Field(0, "Zero pixels padded on each side before a random crop back to size.", **_at_least(0)),
+    "data.flip": Field(False, "Random horizontal flip.", **_true_or_false()),
+    "data.num_classes": Field(10, "synthetic: number of classes.", **_at_least(2)),
+    "data.num_examples": Field(1024, "synthetic: examples in the training split; the test split has a quarter.", **_at_least(4)),
+    "optimizer.momentum": Field(0.9, "SGD momentum; 0 for none.", **_in_unit_interval()),
+    "optimizer.nesterov": Field(False, "Nesterov's form of momentum.", **_true_or_false()),
+    "optimizer.weight_decay": Field(5e-4, "Added to the gradient, times the parameter.", **_at_least(0)),
+    "optimizer.weight_decay_mask": Field(".*", "Parameters that decay: a regular expression searched in names such as blocks/0/branch/1/conv/kernel; the paper decays all.", allowed="a regular expression", check=_is_regex),
+    "optimizer.clip_norm": Field(None, "Clip the gradient to this global norm.", **_above(0), kind=float),
+    "optimizer.label_smoothing": Field(0.0, "Weight of the uniform distribution in the target.", **_in_unit_interval()),
+    "optimizer.ema_decay": Field(0.0, "Decay of an average of the parameters, which is then what is evaluated; 0 for none.", **_in_unit_interval()),
+    "schedule.name": Field("multistep", "Learning rate after warm-up.", SCHEDULES),
+    "schedule.warmup_epochs": Field(2.0, "Epochs in which the rate rises from 0, step by step.", **_at_least(0)),
+    "schedule.milestones": Field((80.0, 110.0, 135.0), "multistep: epochs at which the rate is multiplied by gamma; those beyond the end never come.", allowed="increasing numbers > 0", check=lambda v: all(x > 0 for x in v)),
+    "schedule.gamma": Field(0.1, "multistep: the multiplier.", **_above(0)),
+}  # fmt: skip
+
+
+def default_config() -> ConfigDict:
+    """All fields at their defaults, locked: an unknown field is an error.
+
+    A config file calls this, sets what it changes, and returns it from ``get_config``.
+    """
+    config = ConfigDict()
+    for name, field in FIELDS.items():
+        *groups, leaf = name.split(".")
+        node = config
+        for group in groups:
+            if group not in node:
+                node[group] = ConfigDict()
+            node = node[group]
+        kind = field.kind
+        node[leaf] = field.default if kind is None else config_dict.placeholder(kind)
+    return config.lock()
+
+
+def flatten(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a configuration by dotted name."""
+
+    def walk(node: ConfigDict, prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            if isinstance(value, ConfigDict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(walk(config, ""))
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every field and how they fit together; reads no file, starts no backend.
+
+    Raises:
+      UserError: naming the field, its value and what is allowed.
+    """
+    values = flatten(config)
+    for name in values:
+        if name not in FIELDS:
+            raise unknown("field", f"config.{name}", [f"config.{known}" for known in FIELDS])
+    for name, field in FIELDS.items():
+        if name not in values:
+            raise UserError(f"config.{name} is missing; start from default_config()")
+        value = values[name]
+        if value is None and field.default is None:
+            continue
+        if field.choices and value not in field.choices:
+            raise unknown(f"config.{name}", value, field.choices)
+        if field.check is not None and not field.check(value):
+            raise UserError(f"config.{name} = {value!r} is not allowed; allowed: {field.allowed}")
+    _validate_schedule(config)
+    _validate_data(config)
+    method_of(config)
+    network_options_of(config)
+
+
+def _validate_schedule(config: ConfigDict) -> None:
+    milestones = list(config.schedule.milestones)
+    if milestones != sorted(set(milestones)):
+        raise UserError(
+            f"config.schedule.milestones = {tuple(milestones)} are out of order; "
+            "allowed: increasing epochs"
+        )
+
+
+def _validate_data(config: ConfigDict) -> None:
+    data = config.data
+    if data.name == "folder" and not data.dir:
+        raise UserError(
+            "config.data.dir is not set; data.name = 'folder' needs the directory that holds "
+            f"{data.train_split}/<class>/*.jpg: --config.data.dir=DIR"
+        )
+    if len(data.mean) != len(data.std):
+        raise UserError(
+            f"config.data.mean has {len(data.mean)} values and config.data.std "
+            f"{len(data.std)}; allowed: the same number"
+        )
+    if data.pad_crop >= data.image_size:
+        raise UserError(
+            f"config.data.pad_crop = {data.pad_crop} is not below "
+            f"config.data.image_size = {data.image_size}"
+        )
+
+
+def method_of(config: ConfigDict, *, axis_name: str | None = None) -> Method:
+    """The configured method.
+
+    Args:
+      config: the configuration.
+      axis_name: mapped axis over which batch statistics are averaged.
+
+    Raises:
+      UserError: an option that is set but that the method does not have.
+    """
+    options = {name: v for name, v in config.method_options.items() if v is not None}
+    fields = {field.name for field in dataclasses.fields(METHODS[config.method])}
+    if "weight_mean" in fields:
+        options["weight_mean"] = config.weight_mean
+    for option in options:
+        if option not in fields:
+            raise UserError(
+                f"config.method_options.{option} does not apply to method {config.method!r}"
+            )
+    return create_method(config.method, axis_name=axis_name, **options)
+
+
+def network_options_of(config: ConfigDict) -> dict[str, Any]:
+    """The network options that are set.
+
+    Raises:
+      UserError: an option that the network does not have.
+    """
+    options = {name: v for name, v in config.network_options.items() if v is not None}
+    allowed = network_options(config.network)
+    for option in options:
+        if option not in allowed:
+            raise UserError(
+                f"config.network_options.{option} does not apply to network "
+                f"{config.network!r}; its options: {', '.join(allowed) or 'none'}"
+            )
+    return options
+
+
+def describe_fields() -> str:
+    """A page that lists every field with its meaning, default and allowed values."""
+    lines = []
+    for name, field in FIELDS.items():
+        default = "unset" if field.default is None else repr(field.default)
+        lines.append(f"config.{name}  (default: {default})")
+        lines += textwrap.wrap(field.meaning, 92, initial_indent="    ", subsequent_indent="    ")
+        if described := field.describe():
+            lines += textwrap.wrap(
+                f"allowed: {described}", 92, initial_indent="    ", subsequent_indent="      "
+            )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(describe_fields())

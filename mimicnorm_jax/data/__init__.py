@@ -1,0 +1,1 @@
+"""Images: sources (random access) → pipeline (batches by step) → augment (on device)."""

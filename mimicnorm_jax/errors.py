@@ -1,0 +1,32 @@
+"""The one exception a person, not a programmer, is meant to read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A wrong input: a field, a file or an argument.
+
+    The message is one line that names what was given and what is allowed. The
+    command-line programs print it without a traceback and exit with code 2.
+    """
+
+
+def unknown(kind: str, given: object, allowed: Iterable[str]) -> UserError:
+    """Builds the error for a name that is not among the allowed ones.
+
+    Args:
+      kind: what the name stands for, such as ``"network"``.
+      given: the name that was given.
+      allowed: the names that exist.
+
+    Returns:
+      A ``UserError`` that lists the allowed names and the nearest of them.
+    """
+    names = list(allowed)
+    near = difflib.get_close_matches(str(given), names, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    listed = ", ".join(names) if names else "none"
+    return UserError(f"unknown {kind} {given!r}{hint}; allowed: {listed}")

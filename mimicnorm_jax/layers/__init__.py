@@ -1,0 +1,32 @@
+"""The layers of MimicNorm, its optax transform and its loss."""
+
+from mimicnorm_jax.layers.dropout import Dropout
+from mimicnorm_jax.layers.last_bn import LastBN, cross_entropy, last_bn_cross_entropy
+from mimicnorm_jax.layers.projection import project_weight_mean, weight_mean_mask
+from mimicnorm_jax.layers.weight_mean import (
+    ScaledConv,
+    ScaledDense,
+    WeightMean,
+    WeightMeanConv,
+    WeightMeanDense,
+    center_kernel,
+    stable_normal,
+    stable_variance,
+)
+
+__all__ = [
+    "Dropout",
+    "LastBN",
+    "ScaledConv",
+    "ScaledDense",
+    "WeightMean",
+    "WeightMeanConv",
+    "WeightMeanDense",
+    "center_kernel",
+    "cross_entropy",
+    "last_bn_cross_entropy",
+    "project_weight_mean",
+    "stable_normal",
+    "stable_variance",
+    "weight_mean_mask",
+]

@@ -1,0 +1,63 @@
+"""Weight mean as an optax transform: the projected form (Appendix C)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from mimicnorm_jax.layers.weight_mean import ScaledKernel, center_kernel
+
+
+def project_weight_mean(mask: Any) -> optax.GradientTransformation:
+    """Keeps kernels centred: the projected form of weight mean (Appendix C).
+
+    Must be the last transform of a chain: it replaces the update ``u`` of each chosen
+    kernel ``w`` by ``center(w + u) - w``, so that ``w`` stays centred without a backward
+    pass through the mean. For SGD with momentum and weight decay this is the same
+    training as centring in the forward pass, since every operation is linear.
+
+    Example::
+
+      optimizer = optax.chain(optax.sgd(0.1, momentum=0.9), project_weight_mean(mask))
+
+    Args:
+      mask: tree like the parameters with True for every kernel to centre, or a function
+        from the parameters to such a tree; ``weight_mean_mask(model)`` makes one.
+
+    Raises (in ``update``):
+      ValueError: no parameters given, a mask that does not fit them, or a chosen
+        parameter with fewer than 2 axes.
+    """
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError("project_weight_mean needs the parameters: update(..., params)")
+        chosen = mask(params) if callable(mask) else mask
+        projected = jax.tree.map(
+            lambda centre, u, w: center_kernel(w + u) - w if centre else u,
+            chosen,
+            updates,
+            params,
+        )
+        return projected, state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def weight_mean_mask(model: nnx.Module) -> dict[str, Any]:
+    """Which parameters of a model are kernels in the projected form of weight mean.
+
+    Returns:
+      A tree of booleans, of the structure of
+      ``nnx.to_pure_dict(nnx.state(model, nnx.Param))``.
+    """
+    chosen = {
+        (*path, "kernel")
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, ScaledKernel) and module.weight_mean == "projected"
+    }
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return nnx.to_pure_dict(nnx.from_flat_state([(path, path in chosen) for path, _ in flat]))

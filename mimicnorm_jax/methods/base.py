@@ -1,0 +1,157 @@
+"""The requests a network makes of its method, and the answers without normalization."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mimicnorm_jax.layers import stable_normal
+from mimicnorm_jax.precision import FLOAT32, Precision
+
+Role = Literal["stem", "inner", "branch_end", "shortcut", "depthwise", "hidden_dense", "classifier"]
+Function = Callable[[jax.Array], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+    """The residual branch a layer belongs to.
+
+    Attributes:
+      index: l, counted from 1 over the whole network.
+      count: L, the number of residual blocks of the network.
+      layers: m, the number of weight layers in the branch.
+    """
+
+    index: int
+    count: int
+    layers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where a layer stands in its network.
+
+    Attributes:
+      role: ``stem`` (first layer), ``inner``, ``branch_end`` (last layer of a residual
+        branch), ``shortcut`` (projection), ``depthwise``, ``hidden_dense`` (dense layers
+        between the convolutions and the classifier), ``classifier``.
+      after_relu: whether the layer's input is rectified.
+      branch: the residual branch, where there is one.
+    """
+
+    role: Role
+    after_relu: bool = True
+    branch: Branch | None = None
+
+
+def identity(x: jax.Array) -> jax.Array:
+    """Returns its input: the norm of a network without norms."""
+    return x
+
+
+def add(shortcut: jax.Array, branch: jax.Array) -> jax.Array:
+    """The residual merge."""
+    return shortcut + branch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """No normalization: He initialization (He et al. 2015) and biases, nothing else.
+
+    The base of all methods; a subclass overrides what it answers differently.
+
+    Attributes:
+      precision: number types of the layers; ``create_model`` sets it.
+      axis_name: mapped axis over which batch statistics are averaged; None where the
+        model is used outside ``shard_map``, ``pmap`` and ``vmap``.
+    """
+
+    name: ClassVar[str] = "nonorm"
+    needs_branches: ClassVar[bool] = False
+
+    precision: Precision = FLOAT32
+    axis_name: str | None = None
+
+    def conv(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: tuple[int, int],
+        *,
+        site: Site,
+        strides: int = 1,
+        padding: int = 0,
+        feature_group_count: int = 1,
+        rngs: nnx.Rngs,
+    ) -> Function:
+        """A convolution of ``(B, H, W, in_features)``.
+
+        Args:
+          in_features, out_features, kernel_size, strides, feature_group_count: as for
+            ``nnx.Conv``.
+          site: where it stands in the network.
+          padding: zeros added on each side of both spatial axes.
+          rngs: for the initial values.
+        """
+        fan_in = math.prod(kernel_size) * in_features // feature_group_count
+        return nnx.Conv(
+            in_features,
+            out_features,
+            kernel_size,
+            strides,
+            padding=padding,
+            feature_group_count=feature_group_count,
+            use_bias=self.use_bias(site),
+            kernel_init=stable_normal(fan_in, centered=False, after_relu=site.after_relu),
+            dtype=self.precision.dtype,
+            param_dtype=self.precision.param_dtype,
+            rngs=rngs,
+        )
+
+    def dense(self, in_features: int, out_features: int, *, site: Site, rngs: nnx.Rngs) -> Function:
+        """A dense layer on ``(B, in_features)``; arguments as for ``conv``."""
+        return nnx.Linear(
+            in_features,
+            out_features,
+            use_bias=self.use_bias(site),
+            kernel_init=stable_normal(in_features, centered=False, after_relu=site.after_relu),
+            dtype=self.precision.dtype,
+            param_dtype=self.precision.param_dtype,
+            rngs=rngs,
+        )
+
+    def use_bias(self, site: Site) -> bool:
+        """Whether the layer at ``site`` has a bias: yes where no norm follows."""
+        return True
+
+    def norm(self, features: int, *, site: Site, rngs: nnx.Rngs) -> Function:
+        """What follows the layer at ``site``, before its activation."""
+        return identity
+
+    def activation(self, *, site: Site) -> Function:
+        """The nonlinearity after the layer (or merge) at ``site``."""
+        return jax.nn.relu
+
+    def merge(self, *, branch: Branch) -> Callable[[jax.Array, jax.Array], jax.Array]:
+        """How ``(shortcut, branch)`` become the input of the block's last activation."""
+        return add
+
+    def head(self, num_classes: int) -> Function:
+        """What follows the classifier; the result is in at least float32."""
+        return _Upcast(self.precision.param_dtype)
+
+
+class _Upcast(nnx.Module):
+    """Loss and metrics are computed in at least float32 whatever the layers compute in."""
+
+    def __init__(self, dtype: jnp.dtype):
+        self.dtype = dtype
+
+    def __call__(self, logits: jax.Array) -> jax.Array:
+        return logits.astype(self.dtype)

@@ -1,0 +1,57 @@
+"""BatchNorm after every convolution: what MimicNorm replaces."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import jax.numpy as jnp
+from flax import nnx
+
+from mimicnorm_jax.errors import unknown
+from mimicnorm_jax.methods.base import Function, Method, Site, identity
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchNorm(Method):
+    """BatchNorm after every convolution (Ioffe and Szegedy 2015): ``nnx.BatchNorm``.
+
+    Attributes:
+      bn_sync: ``"local"``: each device normalizes by its own part of the batch, as data
+        parallel training commonly does; ``"global"``: by the whole batch.
+      conv_bias: keep the convolutions' biases, as the published VGGs do.
+    """
+
+    name: ClassVar[str] = "batchnorm"
+
+    bn_sync: Literal["local", "global"] = "local"
+    conv_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.bn_sync not in ("local", "global"):
+            raise unknown("bn_sync", self.bn_sync, ("local", "global"))
+
+    def _normalizes(self, site: Site) -> bool:
+        return site.role not in ("hidden_dense", "classifier")
+
+    def use_bias(self, site: Site) -> bool:
+        return self.conv_bias or not self._normalizes(site)
+
+    def norm(self, features: int, *, site: Site, rngs: nnx.Rngs) -> Function:
+        if not self._normalizes(site):
+            return identity
+        norm = nnx.BatchNorm(
+            features,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=self.precision.dtype,
+            param_dtype=self.precision.param_dtype,
+            axis_name=self.axis_name if self.bn_sync == "global" else None,
+            rngs=rngs,
+        )
+        if self.precision.param_dtype == jnp.float64:
+            # nnx.BatchNorm creates its statistics in float32 and returns them in the
+            # computation's type, which would change the type of the state at step 1.
+            norm.mean = nnx.BatchStat(jnp.zeros((features,), jnp.float64))
+            norm.var = nnx.BatchStat(jnp.ones((features,), jnp.float64))
+        return norm

@@ -1,0 +1,123 @@
+"""Fixup, the paper's baseline without normalization."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mimicnorm_jax.layers import ScaledConv, stable_normal
+from mimicnorm_jax.methods.base import Function, Method, Site
+
+
+class _FixupConv(nnx.Module):
+    """``scale * conv(x + bias_in) + bias_out`` with scalar biases and multiplier."""
+
+    def __init__(
+        self,
+        conv: ScaledConv,
+        *,
+        bias_in: bool,
+        bias_out: bool,
+        param_dtype: jnp.dtype,
+    ):
+        self.conv = conv
+        self.bias_in = nnx.Param(jnp.zeros((), param_dtype)) if bias_in else None
+        self.bias_out = nnx.Param(jnp.zeros((), param_dtype)) if bias_out else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.bias_in is not None:
+            x = x + self.bias_in[...].astype(x.dtype)
+        y = self.conv(x)
+        return y if self.bias_out is None else y + self.bias_out[...].astype(y.dtype)
+
+
+class _FixupDense(nnx.Module):
+    """``dense(x + bias_in)`` with a scalar bias before the classifier."""
+
+    def __init__(self, dense: nnx.Linear, param_dtype: jnp.dtype):
+        self.dense = dense
+        self.bias_in = nnx.Param(jnp.zeros((), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.dense(x + self.bias_in[...].astype(x.dtype))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fixup(Method):
+    """Fixup (Zhang, Dauphin and Ma 2019): trains residual networks by initialization.
+
+    Its rule: (1) the classifier and the last layer of each branch start at 0; (2) the
+    other layers of a branch start at He's scaled by L^(-1/(2m-2)); (3) a scalar bias
+    before each convolution, dense layer and activation, and one scalar multiplier a
+    branch.
+    """
+
+    name: ClassVar[str] = "fixup"
+    needs_branches: ClassVar[bool] = True
+
+    def conv(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: tuple[int, int],
+        *,
+        site: Site,
+        strides: int = 1,
+        padding: int = 0,
+        feature_group_count: int = 1,
+        rngs: nnx.Rngs,
+    ) -> Function:
+        fan_in = math.prod(kernel_size) * in_features // feature_group_count
+        ends_branch = site.role == "branch_end"
+        conv = ScaledConv(
+            in_features,
+            out_features,
+            kernel_size,
+            strides,
+            padding=padding,
+            feature_group_count=feature_group_count,
+            use_bias=False,
+            scale=1.0 if ends_branch else None,
+            kernel_init=self._kernel_init(fan_in, site),
+            dtype=self.precision.dtype,
+            param_dtype=self.precision.param_dtype,
+            rngs=rngs,
+        )
+        return _FixupConv(
+            conv,
+            bias_in=site.role != "stem",
+            bias_out=site.role != "shortcut",
+            param_dtype=self.precision.param_dtype,
+        )
+
+    def _kernel_init(self, fan_in: int, site: Site) -> Callable[..., jax.Array]:
+        if site.role == "branch_end":
+            return nnx.initializers.zeros_init()
+        he = stable_normal(fan_in, centered=False, after_relu=site.after_relu)
+        if site.branch is None or site.role == "shortcut":
+            return he
+        factor = site.branch.count ** (-1.0 / (2 * site.branch.layers - 2))
+
+        def scaled_he(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+            return factor * he(key, shape, dtype)
+
+        return scaled_he
+
+    def dense(self, in_features: int, out_features: int, *, site: Site, rngs: nnx.Rngs) -> Function:
+        if site.role != "classifier":
+            return super().dense(in_features, out_features, site=site, rngs=rngs)
+        classifier = nnx.Linear(
+            in_features,
+            out_features,
+            kernel_init=nnx.initializers.zeros_init(),
+            dtype=self.precision.dtype,
+            param_dtype=self.precision.param_dtype,
+            rngs=rngs,
+        )
+        return _FixupDense(classifier, self.precision.param_dtype)

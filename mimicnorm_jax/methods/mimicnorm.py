@@ -1,0 +1,135 @@
+"""MimicNorm and its two ablations."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar, Literal, get_args
+
+from flax import nnx
+
+from mimicnorm_jax.errors import UserError, unknown
+from mimicnorm_jax.layers import (
+    LastBN,
+    ScaledConv,
+    ScaledDense,
+    WeightMean,
+    WeightMeanConv,
+    WeightMeanDense,
+    stable_normal,
+)
+from mimicnorm_jax.methods.base import Function, Method, Site
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MimicNorm(Method):
+    """Weight mean, a residual scalar and the last BN (Fei et al. 2020, Section 4).
+
+    Attributes:
+      weight_mean: ``"reparameterized"`` or ``"projected"``, see ``WeightMeanConv``.
+      min_fan_in: a layer is centred if its fan-in is above this; 50 leaves out the
+        3-channel 3x3 stem (27) and depthwise convolutions (9), whose channels have too
+        few weights (Section 4).
+      center_dense: whether the dense layers between convolutions and classifier are
+        centred too.
+      residual_init: initial value of the scalar at the end of the l-th branch:
+        ``"inverse_sqrt"`` 1/sqrt(l) (the paper), ``"inverse"`` 1/l (its authors' code).
+    """
+
+    name: ClassVar[str] = "mimicnorm"
+    has_weight_mean: ClassVar[bool] = True
+    has_last_bn: ClassVar[bool] = True
+
+    weight_mean: WeightMean = "reparameterized"
+    min_fan_in: int = 50
+    center_dense: bool = False
+    residual_init: Literal["inverse_sqrt", "inverse"] = "inverse_sqrt"
+
+    def __post_init__(self) -> None:
+        if self.weight_mean not in get_args(WeightMean):
+            raise unknown("weight_mean", self.weight_mean, get_args(WeightMean))
+        if self.residual_init not in ("inverse_sqrt", "inverse"):
+            raise unknown("residual_init", self.residual_init, ("inverse_sqrt", "inverse"))
+        if self.min_fan_in < 1:
+            raise UserError(f"min_fan_in must be at least 1, got {self.min_fan_in}")
+
+    def centers(self, fan_in: int, site: Site) -> bool:
+        """Whether the layer at ``site`` is centred."""
+        left_out = site.role == "classifier" or (
+            site.role == "hidden_dense" and not self.center_dense
+        )
+        return self.has_weight_mean and fan_in > self.min_fan_in and not left_out
+
+    def residual_scale(self, site: Site) -> float | None:
+        """Initial value of the scalar folded into the layer at ``site``, if any."""
+        if site.role != "branch_end" or site.branch is None:
+            return None
+        power = 0.5 if self.residual_init == "inverse_sqrt" else 1.0
+        return float(site.branch.index**-power)
+
+    def use_bias(self, site: Site) -> bool:
+        # The last BN subtracts whatever the classifier's bias adds.
+        return not (site.role == "classifier" and self.has_last_bn)
+
+    def _layer_options(self, fan_in: int, site: Site) -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "use_bias": self.use_bias(site),
+            "scale": self.residual_scale(site),
+            "dtype": self.precision.dtype,
+            "param_dtype": self.precision.param_dtype,
+        }
+        if self.centers(fan_in, site):
+            return options | {"weight_mean": self.weight_mean, "after_relu": site.after_relu}
+        kernel_init = stable_normal(fan_in, centered=False, after_relu=site.after_relu)
+        return options | {"kernel_init": kernel_init}
+
+    def conv(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: tuple[int, int],
+        *,
+        site: Site,
+        strides: int = 1,
+        padding: int = 0,
+        feature_group_count: int = 1,
+        rngs: nnx.Rngs,
+    ) -> Function:
+        fan_in = math.prod(kernel_size) * in_features // feature_group_count
+        layer = WeightMeanConv if self.centers(fan_in, site) else ScaledConv
+        return layer(
+            in_features,
+            out_features,
+            kernel_size,
+            strides,
+            padding=padding,
+            feature_group_count=feature_group_count,
+            rngs=rngs,
+            **self._layer_options(fan_in, site),
+        )
+
+    def dense(self, in_features: int, out_features: int, *, site: Site, rngs: nnx.Rngs) -> Function:
+        layer = WeightMeanDense if self.centers(in_features, site) else ScaledDense
+        options = self._layer_options(in_features, site)
+        return layer(in_features, out_features, rngs=rngs, **options)
+
+    def head(self, num_classes: int) -> Function:
+        if not self.has_last_bn:
+            return super().head(num_classes)
+        return LastBN(num_classes, axis_name=self.axis_name, param_dtype=self.precision.param_dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WeightMeanOnly(MimicNorm):
+    """MimicNorm without the last BN: an ablation of the paper (Section 5)."""
+
+    name: ClassVar[str] = "weightmean"
+    has_last_bn: ClassVar[bool] = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LastBNOnly(MimicNorm):
+    """MimicNorm without weight mean: an ablation of the paper (Section 5)."""
+
+    name: ClassVar[str] = "lastbn"
+    has_weight_mean: ClassVar[bool] = False

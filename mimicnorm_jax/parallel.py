@@ -1,0 +1,56 @@
+"""The devices of a run: one mesh axis over which every batch is spread."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mimicnorm_jax.errors import UserError
+
+DATA_AXIS = "data"
+
+
+def make_mesh(num_devices: int | None = None) -> Mesh:
+    """A one-dimensional mesh over the first ``num_devices`` devices (None: all).
+
+    Raises:
+      UserError: more devices are asked for than there are.
+    """
+    devices = jax.devices()
+    if num_devices is None:
+        num_devices = len(devices)
+    if num_devices > len(devices):
+        raise UserError(
+            f"config.num_devices = {num_devices}, but there are only {len(devices)} devices"
+        )
+    # Auto axes: with the newer default, Explicit, every operation would have to say how
+    # its result is spread.
+    return Mesh(np.array(devices[:num_devices]), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def check_batch_size(batch_size: int, mesh: Mesh) -> None:
+    """Raises ``UserError`` unless the batch divides by the number of devices."""
+    if batch_size % mesh.size:
+        raise UserError(
+            f"config.batch_size = {batch_size} does not divide by the {mesh.size} devices"
+        )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole: parameters, statistics, metrics."""
+    return NamedSharding(mesh, P())
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """Spreads host arrays ``(B, ...)`` over the devices along their first axis.
+
+    Args:
+      batch: tree of arrays: in a run of several processes, this process's part.
+      mesh: the devices.
+    """
+    sharding = NamedSharding(mesh, P(DATA_AXIS))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)

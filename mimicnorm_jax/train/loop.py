@@ -1,0 +1,336 @@
+"""The training loop: steps, logging, evaluation, checkpoints, and stopping well."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from mimicnorm_jax.config import flatten
+from mimicnorm_jax.data.pipeline import prefetch
+from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.parallel import shard_batch
+from mimicnorm_jax.train.checkpoint import Checkpoints
+from mimicnorm_jax.train.metrics import MetricsWriter, plot_curves, read_rows
+from mimicnorm_jax.train.progress import Progress, Throughput
+from mimicnorm_jax.train.setup import Experiment, set_up
+from mimicnorm_jax.train.state import TrainState, count_parameters, digest
+from mimicnorm_jax.train.workdir import (
+    Summary,
+    check_workdir,
+    finished_summary,
+    open_workdir,
+    say_finished,
+    write_json,
+    write_summary,
+)
+
+# How far the host may run ahead of the device: far enough that the device never waits,
+# near enough that the progress shown, and a stop on a bad loss, are not late.
+_STEPS_IN_FLIGHT = 2
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient became infinite or NaN."""
+
+
+def train(config: ConfigDict, workdir: pathlib.Path) -> Summary | None:
+    """Trains, or goes on training, the run of ``config`` in ``workdir``.
+
+    Args:
+      config: the configuration.
+      workdir: the run's folder: checkpoints, ``metrics.jsonl``, ``curves.png``,
+        ``summary.json``.
+
+    Returns:
+      The summary, or None if the run was told to stop before its end.
+
+    Raises:
+      UserError: a wrong input; nothing has been written.
+      NonFiniteError: the run diverged; the last good checkpoint is kept.
+    """
+    check_workdir(workdir, config)
+    if summary := finished_summary(workdir, config):
+        say_finished(summary, workdir)
+        return summary
+    experiment = set_up(config)
+    open_workdir(workdir, config)
+    _introduce(experiment, workdir)
+    with contextlib.closing(
+        Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
+    ) as checkpoints:
+        return _Loop(experiment, workdir, checkpoints).run()
+
+
+def evaluate_run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Evaluates the latest and the best checkpoint of a run on the test split.
+
+    Returns:
+      ``latest`` and ``best``, each with ``step``, ``test_loss``, ``test_accuracy`` and
+      ``test_examples``; also written to ``eval.json`` in ``workdir``.
+
+    Raises:
+      UserError: a wrong input, or a folder without checkpoints.
+    """
+    directory = workdir / "checkpoints"
+    if not directory.is_dir():
+        raise UserError(f"--workdir={workdir} has no checkpoints to evaluate; train it first")
+    check_workdir(workdir, config)
+    experiment = set_up(config)
+    with contextlib.closing(Checkpoints(directory, keep=config.keep_checkpoints)) as checkpoints:
+        best, _ = checkpoints.restore_best(experiment.abstract_state)
+        latest = checkpoints.restore_latest(experiment.abstract_state)
+    results = {"best": _evaluation_row(experiment, best)}
+    if latest is not None:
+        results["latest"] = _evaluation_row(experiment, latest[0])
+    write_json(workdir / "eval.json", results)
+    return results
+
+
+def _evaluation_row(experiment: Experiment, state: TrainState) -> dict[str, Any]:
+    return {"step": int(state.step)} | evaluate(experiment, state)
+
+
+def evaluate(experiment: Experiment, state: TrainState) -> dict[str, float]:
+    """Loss and accuracy over the whole test split, every example once.
+
+    Uses the averaged parameters where the run keeps them.
+
+    Returns:
+      ``test_loss``, ``test_accuracy`` (in [0, 1]) and ``test_examples``.
+    """
+    params = state.params if state.ema_params is None else state.ema_params
+    sums = collections.Counter[str]()
+    for batch in experiment.test_data.evaluation_batches():
+        metrics = experiment.eval_step(
+            params, state.batch_stats, shard_batch(batch, experiment.mesh)
+        )
+        sums.update({name: value.item() for name, value in metrics.items()})
+    return {
+        "test_loss": sums["loss"] / sums["count"],
+        "test_accuracy": sums["correct"] / sums["count"],
+        "test_examples": sums["count"],
+    }
+
+
+def _introduce(experiment: Experiment, workdir: pathlib.Path) -> None:
+    """Prints the network, the configuration and where things go."""
+    config = experiment.config
+    print(
+        parameter_overview.get_parameter_overview(
+            experiment.abstract_state.params, include_stats=False
+        )
+    )
+    print("\n".join(f"config.{name} = {value!r}" for name, value in flatten(config).items()))
+    device = experiment.mesh.devices.flat[0]
+    print(
+        f"{config.network} with {config.method} on {experiment.mesh.size} "
+        f"{device.device_kind} device(s): {len(experiment.train_data.source)} training and "
+        f"{len(experiment.test_data.source)} test images, {experiment.total_steps} steps\n"
+        f"everything goes to {workdir}",
+        flush=True,
+    )
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT; a second one acts as it would have without this."""
+    received: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, frame: Any) -> None:
+        received.append(number)
+        restore()
+
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        restore()
+
+
+class _Loop:
+    """One attempt at a run: from its latest checkpoint to its end or a stop signal."""
+
+    def __init__(self, experiment: Experiment, workdir: pathlib.Path, checkpoints: Checkpoints):
+        self._began = time.monotonic()
+        self._experiment = experiment
+        self._config = experiment.config
+        self._workdir = workdir
+        self._checkpoints = checkpoints
+        self._best = {"best_test_accuracy": 0.0, "best_step": 0}
+        self._evaluation: dict[str, float] | None = None
+        restored = checkpoints.restore_latest(experiment.abstract_state)
+        if restored is None:
+            self._state = experiment.initial_state()
+        else:
+            self._state, self._best = restored
+        self._first_step = self._step = int(self._state.step)
+        self._in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
+        self._since_log: list[dict[str, float]] = []
+        self._steps_per_epoch = experiment.train_data.steps_per_epoch
+        self._writer = MetricsWriter(workdir, self._step)
+        self._progress = Progress(self._step, experiment.total_steps, self._steps_per_epoch)
+        self._throughput = Throughput()
+
+    def run(self) -> Summary | None:
+        """Runs to the end and returns the summary, or None after a stop signal."""
+        total = self._experiment.total_steps
+        if self._step:
+            self._progress.say(f"resumed from the checkpoint of step {self._step}")
+        if self._step < total:
+            self._progress.say("compiling the training step …")
+        try:
+            with _stop_signals() as stop:
+                for batch in prefetch(self._next_batch, self._step, total):
+                    self._advance(batch)
+                    if stop and self._step < total:
+                        self._save()
+                        self._progress.say(
+                            f"stopped by {signal.Signals(stop[0]).name} after step {self._step}; "
+                            "resume with the same command"
+                        )
+                        return None
+            return self._finish()
+        finally:
+            self._writer.close()
+            self._progress.close()
+
+    def _next_batch(self, step: int) -> Any:
+        return shard_batch(self._experiment.train_data.batch(step), self._experiment.mesh)
+
+    def _advance(self, batch: Any) -> None:
+        self._state, metrics = self._experiment.train_step(self._state, batch)
+        self._in_flight.append(metrics)
+        self._step += 1
+        first = self._step == self._first_step + 1
+        while len(self._in_flight) > (0 if first else _STEPS_IN_FLIGHT):
+            self._take_metrics()
+        if first:  # mostly compilation, so it says nothing about the speed
+            seconds = self._throughput.restart()
+            self._progress.say(f"compiled and ran the first step in {seconds:.1f} s")
+            self._progress.restart_clock()
+        else:
+            self._throughput.add(self._config.batch_size)
+        self._progress.advance(self._step)
+        at_end = self._step == self._experiment.total_steps
+        if at_end or self._step % self._config.log_every == 0:
+            self._log()
+        due = at_end or self._is_due(self._config.eval_every)
+        self._evaluation = self._evaluate() if due else None
+        improved = due and self._best["best_step"] == self._step
+        if at_end or improved or self._is_due(self._config.checkpoint_every):
+            self._save()
+
+    def _is_due(self, every_epochs: float) -> bool:
+        """Whether this step completes another ``every_epochs`` epochs."""
+        period = every_epochs * self._steps_per_epoch
+        return math.floor(self._step / period) > math.floor((self._step - 1) / period)
+
+    def _take_metrics(self) -> None:
+        """Fetches the metrics of the oldest step in flight; stops the run if they are bad."""
+        step = self._step - len(self._in_flight) + 1
+        values = {name: x.item() for name, x in self._in_flight.popleft().items()}
+        self._since_log.append(values)
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(values[name]):
+                raise NonFiniteError(
+                    f"the {name.replace('_', ' ')} is {values[name]} at step {step} (learning "
+                    f"rate {values['learning_rate']:.3g}); try a lower config.learning_rate, more "
+                    "config.schedule.warmup_epochs or config.optimizer.clip_norm=1; the last "
+                    f"checkpoint is kept in {self._workdir / 'checkpoints'}"
+                )
+
+    def _drain(self) -> None:
+        while self._in_flight:
+            self._take_metrics()
+
+    def _log(self) -> None:
+        self._drain()
+        rows, self._since_log = self._since_log, []
+        row = {
+            "step": self._step,
+            "epoch": self._step / self._steps_per_epoch,
+            "train_loss": sum(row["loss"] for row in rows) / len(rows),
+            "train_accuracy": sum(row["correct"] for row in rows)
+            / (len(rows) * self._config.batch_size),
+            "learning_rate": rows[-1]["learning_rate"],
+            "gradient_norm": rows[-1]["gradient_norm"],
+            "images_per_second": self._throughput.rate(),
+        }
+        self._writer.write(row)
+        self._progress.show(self._step, row)
+
+    def _evaluate(self) -> dict[str, float]:
+        self._drain()
+        with self._throughput.paused():
+            evaluation = evaluate(self._experiment, self._state)
+            row = {"step": self._step, "epoch": self._step / self._steps_per_epoch}
+            self._writer.write(row | evaluation)
+            accuracy = evaluation["test_accuracy"]
+            if accuracy > self._best["best_test_accuracy"]:
+                self._best = {"best_test_accuracy": accuracy, "best_step": self._step}
+            self._progress.say(
+                f"epoch {row['epoch']:.2f}: test_accuracy {100 * accuracy:.2f}% "
+                f"test_loss {evaluation['test_loss']:.4f} "
+                f"(best {100 * self._best['best_test_accuracy']:.2f}%)"
+            )
+        return evaluation
+
+    def _save(self) -> None:
+        self._drain()  # a state that follows a bad loss is never saved
+        with self._throughput.paused():
+            accuracy = None if self._evaluation is None else self._evaluation["test_accuracy"]
+            self._checkpoints.save(self._state, self._best, accuracy)
+
+    def _finish(self) -> Summary:
+        evaluation = self._evaluation or evaluate(self._experiment, self._state)
+        losses = [r["train_loss"] for r in read_rows(self._workdir) if "train_loss" in r]
+        config = self._config
+        title = f"{config.network}, {config.method}, {config.data.name}"
+        picture = plot_curves(self._workdir, title, self._steps_per_epoch)
+        device = self._experiment.mesh.devices.flat[0]
+        summary = write_summary(
+            self._workdir,
+            config,
+            self._best
+            | {
+                "method": config.method,
+                "network": config.network,
+                "num_parameters": count_parameters(self._state.params),
+                "steps": self._step,
+                "resumed_from_step": self._first_step,
+                "seconds": time.monotonic() - self._began,
+                "images_per_second": self._throughput.total_rate(),
+                "final_test_accuracy": evaluation["test_accuracy"],
+                "final_test_loss": evaluation["test_loss"],
+                "final_train_loss": losses[-1] if losses else None,
+                "test_examples": evaluation["test_examples"],
+                "state_sha256": digest(self._state),
+                "jax_version": jax.__version__,
+                "device_kind": device.device_kind,
+                "num_devices": self._experiment.mesh.size,
+                "finished": True,
+            },
+        )
+        self._progress.say(
+            f"final_test_accuracy {summary['final_test_accuracy']:.4f} "
+            f"best_test_accuracy {summary['best_test_accuracy']:.4f} "
+            f"after {summary['steps']} steps, {summary['seconds']:.0f} s\n"
+            f"curves: {picture}\nsummary: {self._workdir / 'summary.json'}"
+        )
+        return summary

@@ -1,0 +1,101 @@
+"""What a run leaves to read: metrics.jsonl, TensorBoard event files, curves.png."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+Row = dict[str, Any]
+# Writing goes on where the run goes on, so what was logged after the checkpoint a run
+# resumes from is dropped first: the file reads as if nothing had happened.
+
+
+class MetricsWriter:
+    """Appends rows to ``metrics.jsonl`` and to TensorBoard event files.
+
+    Args:
+      workdir: the run's folder.
+      step: step the run starts or resumes at; later rows of an earlier attempt go.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int):
+        self.path = workdir / "metrics.jsonl"
+        kept = [row for row in read_rows(workdir) if row["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        os.replace(temporary, self.path)
+        self._file = self.path.open("a")
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, row: Row) -> None:
+        """Writes one row; ``row["step"]`` is its step."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step":
+                self._events.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._file.close()
+        self._events.close()
+
+
+def read_rows(workdir: pathlib.Path) -> list[Row]:
+    """The rows of ``metrics.jsonl``; a last line that a crash cut off is left out."""
+    path = workdir / "metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
+
+
+def plot_curves(workdir: pathlib.Path, title: str, steps_per_epoch: float) -> pathlib.Path:
+    """Draws loss, accuracy and learning rate over the epochs into ``curves.png``.
+
+    Args:
+      workdir: the run's folder, with its ``metrics.jsonl``.
+      title: of the picture.
+      steps_per_epoch: for the horizontal axis.
+
+    Returns:
+      The path of the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from matplotlib.figure import Figure
+
+    rows = read_rows(workdir)
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title)
+    panels = (
+        ("loss", (("train_loss", "train"), ("test_loss", "test"))),
+        ("accuracy (%)", (("train_accuracy", "train"), ("test_accuracy", "test"))),
+        ("learning rate", (("learning_rate", None),)),
+    )
+    for axes, (label, curves) in zip(figure.subplots(1, 3), panels, strict=True):
+        for name, legend in curves:
+            points = [(r["step"] / steps_per_epoch, r[name]) for r in rows if name in r]
+            if not points:
+                continue
+            epochs, values = zip(*points, strict=True)
+            if "accuracy" in name:
+                values = tuple(100 * value for value in values)
+            is_test = name.startswith("test")
+            axes.plot(epochs, values, label=legend, marker="o" if is_test else None, ms=3)
+            if is_test:
+                axes.annotate(f"{values[-1]:.4g}", (epochs[-1], values[-1]), fontsize=8)
+        axes.set(xlabel="epoch", ylabel=label)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend()
+    path = workdir / "curves.png"
+    figure.savefig(path, dpi=120)
+    return path

@@ -1,0 +1,95 @@
+"""SGD and the learning-rate schedules, from the configuration to optax."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.layers import project_weight_mean
+
+Tree = Any
+
+
+def make_schedule(config: ConfigDict, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up from 0, then the configured schedule.
+
+    Args:
+      config: ``learning_rate``, ``epochs`` and ``schedule`` are read.
+      steps_per_epoch: may be a fraction.
+      total_steps: where cosine and linear decay reach 0. ``max_steps`` does not move it.
+    """
+    schedule = config.schedule
+    peak = config.learning_rate
+    warmup = round(schedule.warmup_epochs * steps_per_epoch)
+    if schedule.name == "multistep":
+        # optax counts the boundaries of a joined schedule from the end of the warm-up.
+        after = optax.piecewise_constant_schedule(
+            peak,
+            {
+                max(0, round(epoch * steps_per_epoch) - warmup): schedule.gamma
+                for epoch in schedule.milestones
+            },
+        )
+    elif schedule.name == "cosine":
+        after = optax.cosine_decay_schedule(peak, max(1, total_steps - warmup))
+    elif schedule.name == "linear":
+        after = optax.linear_schedule(peak, 0.0, max(1, total_steps - warmup))
+    else:
+        after = optax.constant_schedule(peak)
+    if not warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def parameter_name(path: tuple[Any, ...]) -> str:
+    """``blocks/0/conv/kernel`` for the path of a leaf in the parameter tree."""
+    return "/".join(str(entry.key) for entry in path)
+
+
+def decay_mask(pattern: str, params: Tree) -> Tree:
+    """Which parameters decay: those whose name has a match of ``pattern``.
+
+    Raises:
+      UserError: no parameter matches.
+    """
+    chosen = jax.tree_util.tree_map_with_path(
+        lambda path, _: re.search(pattern, parameter_name(path)) is not None, params
+    )
+    if not any(jax.tree.leaves(chosen)):
+        names = [parameter_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+        raise UserError(
+            f"config.optimizer.weight_decay_mask = {pattern!r} matches no parameter; they are "
+            f"named like {names[0]} and {names[-1]}"
+        )
+    return chosen
+
+
+def make_optimizer(
+    config: ConfigDict, schedule: optax.Schedule, params: Tree, weight_mean_mask: Tree
+) -> optax.GradientTransformation:
+    """SGD as the paper trains: decay joins the gradient, then momentum, then the rate.
+
+    Args:
+      config: ``optimizer`` is read.
+      schedule: learning rate by step.
+      params: tree of (abstract) parameters, for the masks.
+      weight_mean_mask: kernels that are kept centred after every update.
+    """
+    options = config.optimizer
+    transforms = []
+    if options.clip_norm is not None:
+        transforms.append(optax.clip_by_global_norm(options.clip_norm))
+    if options.weight_decay:
+        mask = decay_mask(options.weight_decay_mask, params)
+        transforms.append(optax.add_decayed_weights(options.weight_decay, mask))
+    if options.momentum:
+        transforms.append(optax.trace(options.momentum, nesterov=options.nesterov))
+    transforms.append(optax.scale_by_learning_rate(schedule))
+    if any(jax.tree.leaves(weight_mean_mask)):
+        transforms.append(project_weight_mean(weight_mean_mask))
+    return optax.chain(*transforms)

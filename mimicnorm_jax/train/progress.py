@@ -1,0 +1,127 @@
+"""What the person in front of the run sees: a live bar on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+
+from tqdm import tqdm
+
+_SECONDS_BETWEEN_LINES = 2.0
+
+
+class Progress:
+    """Progress of the steps with loss, accuracy, learning rate, images/s and ETA.
+
+    Args:
+      step: step the run starts at.
+      total_steps: step it ends at.
+      steps_per_epoch: for the epoch that is shown.
+    """
+
+    def __init__(self, step: int, total_steps: int, steps_per_epoch: float):
+        self._total = total_steps
+        self._steps_per_epoch = steps_per_epoch
+        self._first_step = step
+        self._start = self._last_line = time.monotonic()
+        self._bar = (
+            tqdm(
+                total=total_steps,
+                initial=step,
+                unit="step",
+                dynamic_ncols=True,
+                smoothing=0.1,
+                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
+                "[{elapsed} elapsed, {remaining} left{postfix}]",
+            )
+            if sys.stderr.isatty()
+            else None
+        )
+
+    def restart_clock(self) -> None:
+        """Leaves what came before, such as compilation, out of the remaining time."""
+        self._start = time.monotonic()
+        if self._bar is not None:
+            self._bar.unpause()
+
+    def advance(self, step: int) -> None:
+        """Shows that ``step`` is done."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def show(self, step: int, row: dict[str, float]) -> None:
+        """Shows a row of training metrics."""
+        text = (
+            f"epoch {step / self._steps_per_epoch:.1f} loss {row['train_loss']:.4f} "
+            f"acc {100 * row['train_accuracy']:.1f}% lr {row['learning_rate']:.3g} "
+            f"{row['images_per_second']:.0f} images/s"
+        )
+        if self._bar is not None:
+            self._bar.set_postfix_str(text)
+            return
+        now = time.monotonic()
+        if now - self._last_line < _SECONDS_BETWEEN_LINES and step < self._total:
+            return
+        self._last_line = now
+        done = max(1, step - self._first_step)
+        left = (now - self._start) / done * (self._total - step)
+        print(f"step {step}/{self._total} {text}, {_clock(left)} left", flush=True)
+
+    def say(self, text: str) -> None:
+        """Prints a line without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:02d}:{seconds:02d}"
+
+
+class Throughput:
+    """Images per second of training, without compilation, evaluation and checkpoints."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._images = self._total_images = 0
+        self._rate = self._total_seconds = 0.0
+
+    def restart(self) -> float:
+        """Forgets what came before; returns how many seconds that was."""
+        before, self._since = self._since, time.monotonic()
+        self._images = 0
+        return self._since - before
+
+    def add(self, images: int) -> None:
+        """Counts the images of a step."""
+        self._images += images
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time spent in the ``with`` block."""
+        start = time.monotonic()
+        yield
+        self._since += time.monotonic() - start
+
+    def rate(self) -> float:
+        """Images per second since the last call (the last rate if there were none)."""
+        if self._images:
+            images, seconds = self._images, self.restart()
+            self._rate = images / seconds
+            self._total_images += images
+            self._total_seconds += seconds
+        return self._rate
+
+    def total_rate(self) -> float:
+        """Images per second over all calls of ``rate``."""
+        return self._total_images / self._total_seconds if self._total_images else 0.0

@@ -1,0 +1,134 @@
+"""From a configuration to everything a run needs, with nothing written to disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mimicnorm_jax.config import method_of, network_options_of, validate
+from mimicnorm_jax.data.pipeline import Pipeline
+from mimicnorm_jax.data.sources import channel_statistics, open_splits
+from mimicnorm_jax.models import create_model
+from mimicnorm_jax.parallel import DATA_AXIS, check_batch_size, make_mesh, replicated
+from mimicnorm_jax.precision import resolve_precision
+from mimicnorm_jax.train.optim import make_optimizer, make_schedule
+from mimicnorm_jax.train.state import Network, TrainState, create_state, split_network
+from mimicnorm_jax.train.step import EvalStep, TrainStep, make_eval_step, make_train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A run that is ready to start.
+
+    Attributes:
+      config: its configuration.
+      mesh: the devices.
+      network: the static structure of the network.
+      train_data: training batches by step.
+      test_data: the test split.
+      total_steps: length of the run.
+      train_step, eval_step: compiled at their first call.
+      abstract_state: shapes, types and shardings of the state.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    network: Network
+    train_data: Pipeline
+    test_data: Pipeline
+    total_steps: int
+    train_step: TrainStep
+    eval_step: EvalStep
+    abstract_state: TrainState
+    _create: Any
+
+    def initial_state(self) -> TrainState:
+        """The state at step 0, on every device of the mesh."""
+        return jax.jit(self._create, out_shardings=replicated(self.mesh))()
+
+
+def configure_jax(config: ConfigDict) -> None:
+    """Sets what must be set before the first computation."""
+    if config.precision == "float64":
+        jax.config.update("jax_enable_x64", True)
+    if config.deterministic:
+        flag = "--xla_gpu_deterministic_ops=true"
+        flags = os.environ.get("XLA_FLAGS", "")
+        if flag not in flags:
+            os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+
+
+def set_up(config: ConfigDict) -> Experiment:
+    """Builds a run from its configuration.
+
+    Raises:
+      UserError: whatever is wrong with the configuration, the data, the devices, or
+        their combination.
+    """
+    validate(config)
+    configure_jax(config)
+    mesh = make_mesh(config.num_devices)
+    check_batch_size(config.batch_size, mesh)
+    train, test = open_splits(config.data)
+    size, _, channels = train.image_shape
+    precision = resolve_precision(config.precision)
+
+    def create() -> nnx.Module:
+        return create_model(
+            config.network,
+            method=method_of(config, axis_name=DATA_AXIS),
+            num_classes=len(train.class_names),
+            image_size=size,
+            channels=channels,
+            width=config.width,
+            precision=config.precision,
+            rngs=nnx.Rngs(config.seed),
+            **network_options_of(config),
+        )
+
+    network, initial_values = split_network(create)
+    train_data = Pipeline(train, batch_size=config.batch_size, seed=config.seed)
+    test_data = Pipeline(test, batch_size=config.batch_size, seed=config.seed)
+    epoch_steps = math.ceil(config.epochs * train_data.steps_per_epoch)
+    schedule = make_schedule(config, train_data.steps_per_epoch, epoch_steps)
+    abstract_params, _ = jax.eval_shape(initial_values)
+    optimizer = make_optimizer(config, schedule, abstract_params, network.weight_mean_mask)
+
+    def create_initial() -> TrainState:
+        return create_state(initial_values, optimizer, ema=config.optimizer.ema_decay > 0)
+
+    mean, std = (
+        (np.array(config.data.mean), np.array(config.data.std))
+        if config.data.mean
+        else channel_statistics(train)
+    )
+    channel_values: dict[str, tuple[float, ...]] = {
+        "mean": tuple(mean.tolist()),
+        "std": tuple(std.tolist()),
+    }
+    sharding = replicated(mesh)
+    return Experiment(
+        config=config,
+        mesh=mesh,
+        network=network,
+        train_data=train_data,
+        test_data=test_data,
+        total_steps=min(epoch_steps, config.max_steps or epoch_steps),
+        train_step=make_train_step(
+            config, network, optimizer, schedule, mesh=mesh, precision=precision, **channel_values
+        ),
+        eval_step=make_eval_step(network, mesh=mesh, precision=precision, **channel_values),
+        abstract_state=jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            jax.eval_shape(create_initial),
+        ),
+        _create=create_initial,
+    )

@@ -1,0 +1,128 @@
+"""The state of a run as plain pytrees, and the network as two static graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from mimicnorm_jax.layers import weight_mean_mask
+
+Tree = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a run needs to go on.
+
+    Attributes:
+      step: int32 scalar, number of steps done.
+      params: nested dict of parameters.
+      batch_stats: nested dict of running statistics.
+      opt_state: state of the optax optimizer.
+      ema_params: moving average of the parameters, or None where none is kept.
+    """
+
+    step: jax.Array
+    params: Tree
+    batch_stats: Tree
+    opt_state: Tree
+    ema_params: Tree = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A module taken apart once; from then on there are only pytrees.
+
+    Attributes:
+      train_graph: static structure of the module in training mode.
+      eval_graph: the same in evaluation mode.
+      weight_mean_mask: which parameters ``project_weight_mean`` keeps centred.
+    """
+
+    train_graph: nnx.GraphDef[Any]
+    eval_graph: nnx.GraphDef[Any]
+    weight_mean_mask: Tree
+
+    def apply_train(
+        self, params: Tree, batch_stats: Tree, images: jax.Array, keys: jax.Array
+    ) -> tuple[jax.Array, Tree]:
+        """Logits ``(B, num_classes)`` and the new batch statistics."""
+        # A copy, because the caller's statistics must survive the update inside.
+        model = nnx.merge(self.train_graph, params, batch_stats, copy=True)
+        logits = model(images, keys=keys)
+        return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+    def apply_eval(self, params: Tree, batch_stats: Tree, images: jax.Array) -> jax.Array:
+        """Logits ``(B, num_classes)`` with the running statistics."""
+        return nnx.merge(self.eval_graph, params, batch_stats, copy=True)(images)
+
+
+def split_network(create: Callable[[], nnx.Module]) -> tuple[Network, Callable[[], Any]]:
+    """Takes a module apart without computing its initial values.
+
+    Args:
+      create: makes the module.
+
+    Returns:
+      The static structure, and a function without arguments, to be jitted, that returns
+      the initial ``(params, batch_stats)``.
+    """
+    abstract = nnx.eval_shape(create)
+    mask = weight_mean_mask(abstract)
+    # raises if the module has any state beside these two kinds
+    train_graph = nnx.split(abstract, nnx.Param, nnx.BatchStat)[0]
+    abstract.eval()
+    network = Network(train_graph, nnx.graphdef(abstract), mask)
+
+    def initial_values() -> tuple[Tree, ...]:
+        model = create()
+        return tuple(
+            nnx.to_pure_dict(nnx.state(model, kind)) for kind in (nnx.Param, nnx.BatchStat)
+        )
+
+    return network, initial_values
+
+
+def create_state(
+    initial_values: Callable[[], tuple[Tree, ...]],
+    optimizer: optax.GradientTransformation,
+    *,
+    ema: bool,
+) -> TrainState:
+    """The state at step 0; to be jitted or shape-evaluated."""
+    params, batch_stats = initial_values()
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+    )
+
+
+def digest(state: TrainState) -> str:
+    """SHA-256 over every leaf of the state, in a fixed order, with name, type and shape.
+
+    Two runs with the same digest have the same step, parameters, statistics and
+    optimizer state, bit for bit.
+    """
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        array = np.asarray(jax.device_get(leaf))
+        sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        sha.update(np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest()
+
+
+def count_parameters(params: Tree) -> int:
+    """Number of scalars in a tree of parameters."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

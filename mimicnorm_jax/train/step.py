@@ -1,0 +1,134 @@
+"""The training step and the evaluation step: the only ``shard_map`` of the project."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from mimicnorm_jax.data.augment import augment, example_keys, normalize
+from mimicnorm_jax.layers import cross_entropy
+from mimicnorm_jax.parallel import DATA_AXIS
+from mimicnorm_jax.precision import Precision
+from mimicnorm_jax.train.state import Network, TrainState
+
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+EvalStep = Callable[[Any, Any, Any], Metrics]
+
+
+def make_train_step(
+    config: ConfigDict,
+    network: Network,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    mesh: Mesh,
+    precision: Precision,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> TrainStep:
+    """Compiles one step of training for all devices of a mesh.
+
+    Args:
+      config: ``seed``, ``data`` (augmentation) and ``optimizer`` are read.
+      network: from ``split_network``.
+      optimizer: from ``make_optimizer``.
+      schedule: its learning rate, for the metrics.
+      mesh: the devices.
+      precision: number types.
+      mean, std: of each channel, for normalization.
+
+    Returns:
+      ``step(state, batch) -> (state, metrics)``; the old state is donated. ``batch`` has
+      ``image`` uint8 ``(B, H, W, C)`` and ``label`` int32 ``(B,)``, spread over the mesh.
+      Metrics, of the global batch: ``loss``, ``correct`` (count), ``learning_rate``,
+      ``gradient_norm``.
+    """
+    data, options = config.data, config.optimizer
+
+    def local_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        images, labels = batch["image"], batch["label"]
+        local = images.shape[0]
+        indices = lax.axis_index(DATA_AXIS) * local + jnp.arange(local)
+        keys = jax.vmap(jax.random.split)(example_keys(config.seed, state.step, indices))
+        images = augment(images, keys[:, 0], pad_crop=data.pad_crop, flip=data.flip)
+        images = normalize(images, mean=mean, std=std, dtype=precision.param_dtype)
+
+        def loss_of(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+            logits, stats = network.apply_train(
+                params, state.batch_stats, images.astype(precision.dtype), keys[:, 1]
+            )
+            losses = cross_entropy(logits, labels, options.label_smoothing)
+            # Under shard_map, gradients of replicated parameters are already summed over
+            # the devices. So the mean belongs into the loss: a pmean of the gradients
+            # would leave them too large by the number of devices.
+            return lax.pmean(losses.mean(), DATA_AXIS), (logits, stats)
+
+        (loss, (logits, stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema_params
+        if options.ema_decay:
+            ema = optax.incremental_update(params, ema, 1.0 - options.ema_decay)
+        correct = jnp.sum(jnp.argmax(logits, -1) == labels)
+        metrics = {
+            "loss": loss,
+            "correct": lax.psum(correct, DATA_AXIS),
+            "learning_rate": jnp.asarray(schedule(state.step), loss.dtype),
+            "gradient_norm": optax.global_norm(grads),
+        }
+        new_state = TrainState(
+            step=state.step + 1,
+            params=params,
+            # Equal on all devices already, but for a BatchNorm with local statistics.
+            batch_stats=lax.pmean(stats, DATA_AXIS),
+            opt_state=opt_state,
+            ema_params=ema,
+        )
+        return new_state, metrics
+
+    mapped = jax.shard_map(
+        local_step, mesh=mesh, in_specs=(P(), P(DATA_AXIS)), out_specs=(P(), P())
+    )
+    return jax.jit(mapped, donate_argnums=0)
+
+
+def make_eval_step(
+    network: Network,
+    *,
+    mesh: Mesh,
+    precision: Precision,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> EvalStep:
+    """Compiles the evaluation of one batch; arguments as for ``make_train_step``.
+
+    Returns:
+      ``step(params, batch_stats, batch) -> metrics`` with the sums over the batch's real
+      examples: ``loss``, ``correct`` and ``count``. ``batch`` also has ``mask`` (B,).
+    """
+
+    def local_step(params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> Metrics:
+        images = normalize(batch["image"], mean=mean, std=std, dtype=precision.param_dtype)
+        logits = network.apply_eval(params, batch_stats, images.astype(precision.dtype))
+        mask = batch["mask"].astype(logits.dtype)
+        losses = cross_entropy(logits, batch["label"])
+        correct = jnp.argmax(logits, -1) == batch["label"]
+        # where, not a product: the loss of a padded example may be infinite
+        sums = {
+            "loss": jnp.sum(jnp.where(mask > 0, losses, 0.0)),
+            "correct": jnp.sum(jnp.where(mask > 0, correct, False)),
+            "count": jnp.sum(mask > 0),
+        }
+        return lax.psum(sums, DATA_AXIS)
+
+    mapped = jax.shard_map(local_step, mesh=mesh, in_specs=(P(), P(), P(DATA_AXIS)), out_specs=P())
+    return jax.jit(mapped)

@@ -1,0 +1,116 @@
+"""The folder of a run: whose it is, and its summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mimicnorm_jax.config import FREE_FIELDS, flatten
+from mimicnorm_jax.errors import UserError
+
+Summary = dict[str, Any]
+
+
+def default_workdir(config: ConfigDict, config_path: str) -> pathlib.Path:
+    """``runs/<config>-<method>-s<seed>``."""
+    name = pathlib.Path(config_path).stem
+    return pathlib.Path("runs") / f"{name}-{config.method}-s{config.seed}"
+
+
+def _as_json(config: ConfigDict) -> dict[str, Any]:
+    # through JSON, so that what is compared is what a file can hold (tuples become lists)
+    return json.loads(json.dumps(flatten(config)))
+
+
+def check_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Makes sure that a run of ``config`` may use ``workdir``; writes nothing.
+
+    Raises:
+      UserError: it holds the run of another configuration, or files that are no run, or
+        is no folder, or cannot be written to.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; allowed: a folder, or a new name")
+    existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"--workdir={workdir} cannot be made: {existing} is a file")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"--workdir={workdir} cannot be written to: no permission for {existing}")
+    if not workdir.exists():
+        return
+    path = workdir / "config.json"
+    if not path.exists():
+        if any(workdir.iterdir()):
+            raise UserError(
+                f"--workdir={workdir} is not empty and holds no run; allowed: a new name"
+            )
+        return
+    before, now = read_json(path), _as_json(config)
+    differing = [
+        f"config.{name} ({before.get(name)!r} there, {now.get(name)!r} now)"
+        for name in sorted(before.keys() | now.keys())
+        if name not in FREE_FIELDS and before.get(name) != now.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"--workdir={workdir} holds the run of another configuration: "
+            f"{', '.join(differing[:3])}; choose another --workdir or delete it"
+        )
+
+
+def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Creates the folder and writes its ``config.json``.
+
+    Raises:
+      UserError: the system refuses.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(workdir / "config.json", _as_json(config))
+    except OSError as error:
+        raise UserError(f"--workdir={workdir} cannot be written to: {error.strerror}") from error
+
+
+def finished_summary(workdir: pathlib.Path, config: ConfigDict) -> Summary | None:
+    """The summary of a finished run of exactly this configuration, else None."""
+    path = workdir / "summary.json"
+    if not path.exists():
+        return None
+    summary = read_json(path)
+    return summary if summary["finished"] and summary["config"] == _as_json(config) else None
+
+
+def write_summary(workdir: pathlib.Path, config: ConfigDict, values: Summary) -> Summary:
+    """Writes ``summary.json``: the given values and the configuration."""
+    summary = values | {"config": _as_json(config)}
+    write_json(workdir / "summary.json", summary)
+    return summary
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """Reads a JSON file; raises ``UserError`` with its path if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a JSON file that is never half there."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    os.replace(temporary, path)
+
+
+def say_finished(summary: Summary, workdir: pathlib.Path) -> None:
+    """Tells that there is nothing left to do."""
+    print(
+        f"{workdir} is finished: final_test_accuracy {summary['final_test_accuracy']:.4f} after "
+        f"{summary['steps']} steps; delete it or choose another --workdir to run again",
+        file=sys.stdout,
+    )

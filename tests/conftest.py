@@ -1,0 +1,72 @@
+"""Strict settings for all tests: four CPU devices, no silent rank promotion."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+# The same small programs are compiled in many tests and in the processes they start.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax-cache-"))
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+
+import jax
+import pytest
+
+from mimicnorm_jax.config import default_config
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def float64():
+    """64-bit types for one test: equality of two computations is proved in them."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def tiny_config():
+    """A function that makes the configuration of a run of seconds, with overrides.
+
+    ResNet-8 of half the width (its 8-channel convolutions have a fan-in of 72, so they
+    are still centred) on 8x8 digits, on one device.
+    """
+
+    def make(**overrides):
+        config = default_config()
+        with config.unlocked():
+            config.update(
+                network="resnet8",
+                width=0.5,
+                epochs=1.0,
+                batch_size=32,
+                learning_rate=0.1,
+                num_devices=1,
+            )
+            config.data.update(name="digits", image_size=8, pad_crop=1, flip=True)
+            config.schedule.update(name="constant", warmup_epochs=0.5)
+        config.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
+        return config
+
+    return make
+
+
+@pytest.fixture
+def run_main():
+    """Runs ``python -m mimicnorm_jax.main`` (or another module) as a person would."""
+
+    def run(*arguments, module="mimicnorm_jax.main", background=False, cwd=ROOT, **environment):
+        # one device: what a laptop has
+        env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)} | environment
+        command = [sys.executable, "-m", module, *map(str, arguments)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        if background:
+            return subprocess.Popen(command, cwd=cwd, env=env, **pipes)
+        return subprocess.run(command, cwd=cwd, env=env, timeout=300, **pipes)
+
+    return run

@@ -1,0 +1,227 @@
+import dataclasses
+import pathlib
+import re
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import mimicnorm_jax.models
+from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.layers import LastBN, WeightMeanConv, WeightMeanDense
+from mimicnorm_jax.methods import METHODS, Method, create_method
+from mimicnorm_jax.models import BRANCHED, NETWORKS, create_model
+
+
+def make(network, method, **options):
+    options = {"num_classes": 10, "image_size": 32, "width": 0.25} | options
+    return create_model(network, method=method, rngs=nnx.Rngs(0), **options)
+
+
+def modules(model, kind):
+    return [module for _, module in nnx.iter_modules(model) if isinstance(module, kind)]
+
+
+def test_no_network_names_a_method():
+    """Invariant 1: the cut between methods and networks."""
+    names = re.compile(rf"\b({'|'.join(METHODS)})\b", re.IGNORECASE)
+    for path in pathlib.Path(mimicnorm_jax.models.__file__).parent.glob("*.py"):
+        assert not names.findall(path.read_text()), path.name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Softplus(Method):
+    """Replaces every ReLU, and counts the calls."""
+
+    calls: ClassVar[list[str]] = []
+
+    def activation(self, *, site):
+        def counted(x):
+            self.calls.append(site.role)
+            return jax.nn.softplus(x)
+
+        return counted
+
+
+# Activations of one forward pass: one for each convolution and hidden dense layer, but
+# in a residual block the last convolution has its activation after the merge.
+ACTIVATIONS = {
+    "mlp": 2,
+    **{f"vgg{depth}": depth - 1 for depth in (11, 13, 16, 19)},
+    **{f"resnet{depth}": depth - 1 for depth in (18, 34, 50, 101, 152, 8, 20, 32, 44, 56, 110)},
+}
+
+
+def test_every_network_is_counted():
+    assert ACTIVATIONS.keys() == NETWORKS.keys()
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_method_can_replace_every_activation(network, monkeypatch):
+    """The second proof of the cut: no network has a ReLU of its own."""
+
+    def forbidden(*args):
+        raise AssertionError("a network calls ReLU itself")
+
+    monkeypatch.setattr(jax.nn, "relu", forbidden)
+    monkeypatch.setattr(nnx, "relu", forbidden)
+    Softplus.calls.clear()
+    width = 1 / 16
+    jax.eval_shape(
+        lambda: make(network, Softplus(), width=width).__call__(
+            jnp.zeros((1, 32, 32, 3)), keys=jax.random.split(jax.random.key(0), 1)
+        )
+    )
+    assert len(Softplus.calls) == ACTIVATIONS[network]
+
+
+@pytest.mark.parametrize(
+    ("network", "centred"),
+    # all convolutions whose fan-in is above 50: not the 3-channel 3x3 stem
+    [("vgg11", 7), ("vgg16", 12), ("resnet18", 19), ("resnet50", 52), ("resnet20", 18), ("mlp", 2)],
+)
+def test_the_centred_layers_are_those_with_a_fan_in_above_50(network, centred):
+    model = nnx.eval_shape(lambda: make(network, "mimicnorm", width=1.0))
+    layers = modules(model, (WeightMeanConv, WeightMeanDense))
+    assert len(layers) == centred
+    assert all(np.prod(layer.kernel.shape[:-1]) > 50 for layer in layers)
+
+
+def test_the_large_stem_is_centred():
+    model = nnx.eval_shape(lambda: make("resnet50", "mimicnorm", width=1.0, image_size=224))
+    assert len(modules(model, WeightMeanConv)) == 53
+
+
+def test_the_ablations_each_leave_out_one_operation():
+    both, no_last, no_mean, none = (
+        make("resnet20", name, width=1.0)
+        for name in ("mimicnorm", "weightmean", "lastbn", "nonorm")
+    )
+    assert [len(modules(m, WeightMeanConv)) for m in (both, no_last, no_mean, none)] == [
+        18,
+        18,
+        0,
+        0,
+    ]
+    assert [len(modules(m, LastBN)) for m in (both, no_last, no_mean, none)] == [1, 0, 1, 0]
+
+
+@pytest.mark.parametrize(("option", "power"), [("inverse_sqrt", 0.5), ("inverse", 1.0)])
+def test_the_residual_scalar_of_block_l_starts_at_the_papers_value(option, power):
+    model = make("resnet20", create_method("mimicnorm", residual_init=option))
+    scales = [float(block.branch[-1].conv.scale[...]) for block in model.blocks]
+    np.testing.assert_allclose(scales, [index**-power for index in range(1, 10)], rtol=1e-6)
+    assert all(unit.conv.scale is None for block in model.blocks for unit in block.branch[:-1])
+
+
+@pytest.mark.parametrize("network", ["resnet20", "vgg11"])
+def test_initial_variances_are_the_stable_ones(network):
+    model = make(network, "mimicnorm", width=1.0)
+    layers = modules(model, WeightMeanConv)
+    for layer in layers:
+        n = np.prod(layer.kernel.shape[:-1])
+        expected = 2 / ((n - 1) * (1 - 1 / np.pi))
+        assert np.var(layer.kernel[...]) == pytest.approx(expected, rel=0.1)
+    stem = (model.stem if network == "resnet20" else model.stages[0][0]).conv
+    assert np.var(stem.kernel[...]) == pytest.approx(1 / 27, rel=0.15)
+
+
+def test_a_bias_is_where_no_norm_follows():
+    for name, expected in (("nonorm", True), ("mimicnorm", True), ("batchnorm", False)):
+        model = make("resnet20", name)
+        assert (model.blocks[0].branch[0].conv.bias is not None) == expected
+    assert make("resnet20", "mimicnorm").classifier.bias is None  # the last BN follows
+    assert make("resnet20", "batchnorm").classifier.bias is not None
+    assert (
+        make("vgg11", create_method("batchnorm", conv_bias=True)).stages[0][0].conv.bias is not None
+    )
+
+
+def test_batchnorm_has_one_norm_a_convolution_and_global_statistics_only_if_asked():
+    for bn_sync, axis in (("local", None), ("global", "data")):
+        method = create_method("batchnorm", bn_sync=bn_sync, axis_name="data")
+        norms = modules(make("resnet20", method), nnx.BatchNorm)
+        assert len(norms) == 19
+        assert all(norm.axis_name == axis and norm.momentum == 0.9 for norm in norms)
+
+
+class TestFixup:
+    """Zhang, Dauphin and Ma 2019, Section 3."""
+
+    @pytest.mark.parametrize("network", ["resnet20", "resnet18", "resnet50"])
+    def test_logits_and_branches_are_zero_at_the_start(self, network):
+        model = make(network, "fixup")
+        x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+        np.testing.assert_array_equal(model(x), 0.0)
+        x = model.stem(x)
+        for block in model.blocks:
+            branch = x
+            for unit in block.branch:
+                branch = unit(branch)
+            np.testing.assert_array_equal(branch, 0.0)
+            x = block(x)
+        assert jnp.all(jnp.isfinite(x)) and jnp.max(x) > 0.1
+
+    @pytest.mark.parametrize(
+        ("network", "blocks", "layers"), [("resnet20", 9, 2), ("resnet50", 16, 3)]
+    )
+    def test_inner_layers_start_at_he_times_l_to_the_power(self, network, blocks, layers):
+        model = make(network, "fixup", width=1.0)
+        assert len(model.blocks) == blocks
+        factor = blocks ** (-1 / (2 * layers - 2))
+        for block in model.blocks:
+            assert len(block.branch) == layers
+            for unit in block.branch[:-1]:
+                kernel = unit.conv.conv.kernel[...]
+                he = np.sqrt(2 / np.prod(kernel.shape[:-1]))
+                assert np.std(kernel) == pytest.approx(factor * he, rel=0.1)
+        shortcuts = [block.projection for block in model.blocks if block.projection is not None]
+        for unit in shortcuts:  # not part of a branch: plain He
+            kernel = unit.conv.conv.kernel[...]
+            assert np.std(kernel) == pytest.approx(np.sqrt(2 / kernel.shape[2]), rel=0.1)
+
+    def test_scalar_biases_before_each_layer_and_activation_and_one_multiplier_a_branch(self):
+        model = make("resnet20", "fixup")
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        names = [
+            "/".join(str(k.key) for k in path)
+            for path, _ in jax.tree_util.tree_leaves_with_path(params)
+        ]
+
+        def count(ending):
+            return sum(name.endswith(ending) for name in names)
+
+        convolutions, blocks = 19, 9
+        assert count("bias_in") == convolutions - 1 + 1  # not before the stem; the classifier
+        assert count("bias_out") == convolutions
+        assert count("scale") == blocks
+        assert count("/bias") == 1  # of the classifier
+        scalars = jax.tree_util.tree_map_with_path(
+            lambda path, x: x.shape == () or "kernel" in str(path) or "dense" in str(path), params
+        )
+        assert all(jax.tree.leaves(scalars))
+
+    @pytest.mark.parametrize("network", sorted(set(NETWORKS) - BRANCHED))
+    def test_a_network_without_branches_is_an_error_that_lists_what_fits(self, network):
+        with pytest.raises(UserError, match=r"residual branches.*mimicnorm"):
+            make(network, "fixup")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("mimicnrom", {}, "did you mean 'mimicnorm'"),
+        ("batchnorm", {"bn_sink": "local"}, "bn_sync"),
+        ("batchnorm", {"bn_sync": "some"}, "local, global"),
+        ("mimicnorm", {"weight_mean": "twice"}, "reparameterized, projected"),
+        ("mimicnorm", {"residual_init": "zero"}, "inverse_sqrt, inverse"),
+        ("mimicnorm", {"min_fan_in": 0}, "at least 1"),
+        ("nonorm", {"weight_mean": "projected"}, "weight_mean"),
+    ],
+)
+def test_wrong_names_and_options_list_what_is_allowed(name, options, message):
+    with pytest.raises(UserError, match=message):
+        create_method(name, **options)
