@@ -66,4 +66,7 @@ def normalize(
 ) -> jax.Array:
     """Turns uint8 into ``(images / 255 - mean) / std`` of type ``dtype``."""
     scaled = images.astype(dtype) / 255
-    return (scaled - jnp.asarray(mean, dtype)) / jnp.asarray(std, dtype)
+    channels = (1, 1, 1, -1)
+    return (scaled - jnp.asarray(mean, dtype).reshape(channels)) / jnp.asarray(std, dtype).reshape(
+        channels
+    )

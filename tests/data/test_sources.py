@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from mimicnorm_jax.config import default_config
+from mimicnorm_jax.data.sources import FolderSource, cache, channel_statistics, open_splits
+from mimicnorm_jax.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes in two splits, three images each, of several shapes and kinds."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label, name in enumerate(("cat", "dog")):
+            directory = tmp_path / split / name
+            directory.mkdir(parents=True)
+            for index, shape in enumerate(((8, 8, 3), (16, 8, 3), (8, 8))):
+                pixels = generator.integers(0, 100, shape, np.uint8) + 100 * label
+                suffix = ("png", "JPEG", "jpg")[index]
+                Image.fromarray(pixels.astype(np.uint8)).save(directory / f"{index}.{suffix}")
+    return tmp_path
+
+
+def data_config(**values):
+    data = default_config().data
+    data.update(values)
+    return data
+
+
+def test_digits_are_split_in_strata_once_and_for_all():
+    train, test = open_splits(data_config(name="digits", image_size=8))
+    assert (len(train), len(test)) == (1437, 360)
+    assert train.image_shape == (8, 8, 1) and train.images.dtype == np.uint8
+    assert train.class_names == [str(d) for d in range(10)]
+    counts = np.bincount(test.labels)
+    assert counts.min() >= 35 and counts.max() <= 37
+    seen = {image.tobytes() for image in train.images}
+    assert not seen & {image.tobytes() for image in test.images}
+    # the split must not move between versions: every published accuracy hangs on it
+    assert int(test.images.sum()) == 1_790_819
+
+
+def test_digits_are_resized():
+    train, _ = open_splits(data_config(name="digits", image_size=32))
+    assert train.image_shape == (32, 32, 1)
+    assert train.images.max() > 200
+
+
+def test_folder_yields_rgb_squares_with_the_labels_of_sorted_classes(folder):
+    source = FolderSource(folder / "train", 8)
+    assert len(source) == 6 and source.class_names == ["cat", "dog"]
+    for index in range(6):
+        image, label = source[index]
+        assert image.shape == (8, 8, 3) and image.dtype == np.uint8
+        assert label == index // 3
+        assert (image.mean() > 100) == (label == 1)
+
+
+def test_an_image_of_the_right_size_is_not_resampled(folder):
+    source = FolderSource(folder / "train", 8)
+    path = next(path for path in source.paths if path.suffix == ".png")
+    image, _ = source[source.paths.index(path)]
+    np.testing.assert_array_equal(image, np.asarray(Image.open(path)))
+
+
+def test_caching_changes_nothing_but_the_speed(folder):
+    lazy = open_splits(data_config(name="folder", dir=str(folder), image_size=8, cache_gib=0.0))[0]
+    cached = open_splits(data_config(name="folder", dir=str(folder), image_size=8))[0]
+    assert isinstance(lazy, FolderSource) and not isinstance(cached, FolderSource)
+    for index in range(len(lazy)):
+        np.testing.assert_array_equal(lazy[index][0], cached[index][0])
+        assert lazy[index][1] == cached[index][1]
+    for got, expected in zip(channel_statistics(lazy), channel_statistics(cached), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+def test_channel_statistics_are_those_of_the_pixels():
+    train, _ = open_splits(data_config(name="digits", image_size=8))
+    mean, std = channel_statistics(train)
+    np.testing.assert_allclose(mean, [np.mean(train.images / 255.0)], rtol=1e-9)
+    np.testing.assert_allclose(std, [np.std(train.images / 255.0)], rtol=1e-9)
+
+
+def test_synthetic_says_loudly_that_its_labels_are_random(capsys):
+    train, test = open_splits(data_config(name="synthetic", num_examples=40, image_size=8))
+    assert (len(train), len(test)) == (40, 10)
+    assert "LABELS ARE RANDOM" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not an image", pytest.param("truncated", id="truncated")],
+)
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_damaged_image_is_named(folder, content, cached):
+    victim = folder / "train" / "dog" / "1.JPEG"
+    victim.write_bytes(victim.read_bytes()[:200] if content == "truncated" else content)
+    source = FolderSource(folder / "train", 8)
+    with pytest.raises(UserError, match=r"cannot read image .*dog/1\.JPEG"):
+        cache(source, description="") if cached else source[source.paths.index(victim)]
+
+
+def test_wrong_folders_are_named(folder):
+    with pytest.raises(UserError, match="is not a folder"):
+        open_splits(data_config(name="folder", dir=str(folder / "nowhere")))
+    with pytest.raises(UserError, match="validation is not a folder"):
+        open_splits(data_config(name="folder", dir=str(folder), test_split="validation"))
+    (folder / "test" / "emu").mkdir()
+    with pytest.raises(UserError, match="emu has no images"):
+        open_splits(data_config(name="folder", dir=str(folder)))
+    Image.new("RGB", (8, 8)).save(folder / "test" / "emu" / "0.png")
+    with pytest.raises(UserError, match="differ: emu"):
+        open_splits(data_config(name="folder", dir=str(folder)))
+    (folder / "empty").mkdir()
+    with pytest.raises(UserError, match="no class folders"):
+        open_splits(data_config(name="folder", dir=str(folder), train_split="empty"))
