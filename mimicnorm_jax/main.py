@@ -42,7 +42,7 @@ def _parse(argv: list[str]) -> list[str]:
     except flags.Error as error:
         raise UserError(str(error).splitlines()[0]) from error
     except Exception as error:  # a config file is a program: it can fail in any way
-        reason = (str(error).splitlines() or [""])[0]
+        reason = (str(error).splitlines() or [""])[0].partition(" Other fields present")[0]
         raise UserError(f"--config={path} failed: {type(error).__name__}: {reason}") from error
     if _CONFIG.value is None:
         raise UserError("--config is missing; for example --config configs/digits_resnet20.py")

@@ -1,0 +1,132 @@
+"""Invariant 10: a wrong input gets one clear line, exit code 2, and nothing is written."""
+
+import pathlib
+from typing import NamedTuple
+
+import pytest
+from PIL import Image
+
+
+class Case(NamedTuple):
+    """Arguments after ``--config digits``, and what the line must contain.
+
+    ``{tmp}`` stands for a folder with the bad things that ``bad_things`` makes.
+    """
+
+    arguments: list[str]
+    message: str
+    config: str | None = "configs/digits_resnet20.py"
+    workdir: str | None = "{tmp}/run"
+
+
+FOLDER = ["--config.data.name=folder", "--config.data.image_size=8"]
+CASES = {
+    "unknown method": Case(["--config.method=mimicnrom"], "did you mean 'mimicnorm'"),
+    "unknown network": Case(["--config.network=resnet21"], "unknown config.network 'resnet21'"),
+    "unknown data set": Case(["--config.data.name=mnist"], "allowed: digits, folder, synthetic"),
+    "unknown field": Case(["--config.lerning_rate=1"], "did you mean '--config.learning_rate'"),
+    "unknown nested field": Case(["--config.data.dri=x"], "did you mean '--config.data.dir'"),
+    "unknown flag": Case(["--wrkdir=x"], "Unknown command line flag 'wrkdir'"),
+    "unknown mode": Case(["--mode=test"], "--mode=test"),
+    "stray argument": Case(["epochs=3"], "unexpected argument 'epochs=3'"),
+    "not a number": Case(["--config.epochs=many"], "--config.epochs=many"),
+    "out of range": Case(
+        ["--config.learning_rate=-1"], "config.learning_rate = -1.0 is not allowed"
+    ),
+    "no config": Case([], "--config is missing", config=None),
+    "no such config": Case([], "there is no such file", config="configs/digits_resnet21.py"),
+    "config that raises": Case([], "failed: AttributeError", config="{tmp}/raises.py"),
+    "config of another field": Case([], "failed: AttributeError", config="{tmp}/unknown.py"),
+    "no such folder": Case(
+        [*FOLDER, "--config.data.dir={tmp}/nowhere"], "nowhere' is not a folder"
+    ),
+    "folder not set": Case(FOLDER, "config.data.dir is not set"),
+    "no split": Case([*FOLDER, "--config.data.dir={tmp}/raw"], "raw/train is not a folder"),
+    "empty class": Case([*FOLDER, "--config.data.dir={tmp}/empty"], "train/dog has no images"),
+    "corrupt image": Case([*FOLDER, "--config.data.dir={tmp}/corrupt"], "test/cat/1.jpg"),
+    "tfds for now": Case(["--config.data.name=tfds"], "cannot be read"),
+    "batch and devices": Case(["--config.batch_size=30"], "30 does not divide by the 4 devices"),
+    "too many devices": Case(["--config.num_devices=5"], "there are only 4 devices"),
+    "image too small": Case(
+        ["--config.network=vgg11", "--config.data.image_size=16"], "multiple of 32, got 16"
+    ),
+    "milestones out of order": Case(["--config.schedule.milestones=(8.0,3.0)"], "out of order"),
+    "fixup without branches": Case(
+        ["--config.method=fixup", "--config.network=vgg11", "--config.data.image_size=32"],
+        "needs residual branches",
+    ),
+    "option of another method": Case(["--config.method_options.bn_sync=local"], "does not apply"),
+    "decay of nothing": Case(
+        ["--config.optimizer.weight_decay_mask=gamma"], "matches no parameter"
+    ),
+    "workdir of another config": Case([], "config.seed (1 there, 0 now)", workdir="{tmp}/other"),
+    "workdir that is no run": Case([], "holds no run", workdir="{tmp}/raw"),
+    "workdir that is a file": Case([], "is a file", workdir="{tmp}/raises.py"),
+    "workdir below a file": Case([], "is a file", workdir="{tmp}/raises.py/run"),
+    "workdir not writable": Case([], "cannot be written to", workdir="/proc/mimicnorm"),
+    "nothing to evaluate": Case(["--mode=eval"], "no checkpoints to evaluate"),
+}
+
+
+@pytest.fixture
+def bad_things(tmp_path):
+    (tmp_path / "raises.py").write_text("def get_config():\n    return None.config\n")
+    (tmp_path / "unknown.py").write_text(
+        "from mimicnorm_jax.config import default_config\n"
+        "def get_config():\n    c = default_config()\n    c.epoch = 3\n    return c\n"
+    )
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "notes.txt").write_text("mine")
+    for root in ("empty", "corrupt"):
+        for split in ("train", "test"):
+            for label in ("cat", "dog"):
+                folder = tmp_path / root / split / label
+                folder.mkdir(parents=True)
+                if (root, split, label) != ("empty", "train", "dog"):
+                    Image.new("RGB", (8, 8)).save(folder / "0.jpg")
+    (tmp_path / "corrupt/test/cat/1.jpg").write_bytes(b"\xff\xd8\xff but no more")
+    (tmp_path / "other").mkdir()
+    return tmp_path
+
+
+def snapshot(folder):
+    return {path: path.stat().st_mtime_ns for path in pathlib.Path(folder).rglob("*")}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+def test_a_wrong_input_gets_one_line_and_exit_code_2_and_writes_nothing(case, bad_things, run_main):
+    def fill(text):
+        return text.replace("{tmp}", str(bad_things))
+
+    if case.workdir == "{tmp}/other":  # a run with another seed
+        import json
+
+        from mimicnorm_jax.config import flatten
+
+        from .test_config import ROOT, load
+
+        config = load(ROOT / "configs/digits_resnet20.py").get_config()
+        config.seed = 1
+        (bad_things / "other/config.json").write_text(json.dumps(flatten(config)))
+    before = snapshot(bad_things)
+    arguments = [fill(argument) for argument in case.arguments]
+    if case.config is not None:
+        arguments = [f"--config={fill(case.config)}", *arguments]
+    if case.workdir is not None:
+        arguments.append(f"--workdir={fill(case.workdir)}")
+    result = run_main(*arguments, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    lines = result.stderr.strip().splitlines()
+    assert result.returncode == 2, result.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert case.message in lines[0]
+    assert snapshot(bad_things) == before
+
+
+def test_at_least_20_kinds_are_covered():
+    assert len(CASES) >= 20
+
+
+def test_the_page_of_fields_is_printed(run_main):
+    result = run_main(module="mimicnorm_jax.config")
+    assert result.returncode == 0
+    assert "config.schedule.milestones  (default: (80.0, 110.0, 135.0))" in result.stdout

@@ -1,0 +1,124 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mimicnorm_jax.config import default_config
+from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.recipes import cifar, imagenet
+from mimicnorm_jax.train.optim import decay_mask, make_optimizer, make_schedule
+
+STEPS_PER_EPOCH = 50_000 / 256
+
+
+def rates(config, epochs, steps_per_epoch=STEPS_PER_EPOCH):
+    total = int(np.ceil(config.epochs * steps_per_epoch))
+    schedule = make_schedule(config, steps_per_epoch, total)
+    return [float(schedule(round(epoch * steps_per_epoch))) for epoch in epochs]
+
+
+def test_the_cifar_recipe_is_the_papers():
+    epochs = (0, 1, 2, 79.9, 80.1, 109.9, 110.1, 134.9, 135.1, 150)
+    expected = (0, 0.05, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001)
+    np.testing.assert_allclose(rates(cifar(), epochs), expected, rtol=1e-2, atol=1e-9)
+
+
+def test_the_imagenet_recipe_is_the_papers():
+    steps = 1_281_167 / 256
+    epochs = (0, 1, 2, 29.9, 30.1, 59.9, 60.1, 84.9, 85.1, 90)
+    expected = (0, 0.05, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001)
+    np.testing.assert_allclose(rates(imagenet(), epochs, steps), expected, rtol=1e-2, atol=1e-9)
+
+
+def test_warm_up_rises_step_by_step():
+    config = cifar()
+    schedule = make_schedule(config, 10.0, 1500)
+    np.testing.assert_allclose([schedule(s) for s in range(21)], np.linspace(0, 0.1, 21), atol=1e-7)
+
+
+def test_milestones_beyond_the_end_never_come():
+    config = cifar()
+    config.epochs = 4.0
+    assert rates(config, [4])[0] == pytest.approx(0.1)
+
+
+def test_milestones_within_the_warm_up_apply_at_its_end():
+    config = cifar()
+    config.schedule.milestones = (1.0, 3.0)
+    np.testing.assert_allclose(rates(config, (2.01, 2.9, 3.1)), (0.01, 0.01, 0.001), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("constant", (0.1, 0.1, 0.1)), ("cosine", (0.1, 0.05, 0)), ("linear", (0.1, 0.05, 0))],
+)
+def test_other_schedules_end_where_they_should(name, expected):
+    config = cifar()
+    config.schedule.name = name
+    np.testing.assert_allclose(rates(config, (2, 76, 150)), expected, rtol=2e-3, atol=1e-4)
+
+
+def test_max_steps_moves_no_schedule():
+    config = cifar()
+    config.schedule.name = "cosine"
+    before = rates(config, (50,))
+    config.max_steps = 10
+    assert rates(config, (50,)) == before
+
+
+def sgd_by_hand(config, grads_of, w, steps):
+    """PyTorch's rule, which the paper's numbers come from."""
+    velocity = 0.0
+    for _ in range(steps):
+        gradient = grads_of(w) + config.optimizer.weight_decay * w
+        velocity = config.optimizer.momentum * velocity + gradient
+        update = (
+            gradient + config.optimizer.momentum * velocity
+            if config.optimizer.nesterov
+            else velocity
+        )
+        w = w - config.learning_rate * update
+    return w
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_sgd_is_pytorchs(nesterov, float64):
+    config = default_config()
+    config.schedule.name, config.schedule.warmup_epochs = "constant", 0.0
+    config.optimizer.nesterov = nesterov
+    config.optimizer.weight_decay = 0.01
+    params = {"kernel": jnp.asarray(np.linspace(-1, 1, 6).reshape(3, 2))}
+    optimizer = make_optimizer(config, make_schedule(config, 1.0, 10), params, {"kernel": False})
+    expected = sgd_by_hand(config, np.sin, np.asarray(params["kernel"]), 5)
+    state = optimizer.init(params)
+    for _ in range(5):
+        updates, state = optimizer.update(jax.tree.map(jnp.sin, params), state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["kernel"], expected, rtol=1e-10)
+
+
+def test_clipping_bounds_the_global_norm():
+    config = default_config()
+    config.schedule.name, config.schedule.warmup_epochs = "constant", 0.0
+    config.optimizer.update(momentum=0.0, weight_decay=0.0, clip_norm=1.0)
+    params = {"a": jnp.zeros((3,)), "b": jnp.zeros((4,))}
+    optimizer = make_optimizer(
+        config, make_schedule(config, 1.0, 1), params, {"a": False, "b": False}
+    )
+    updates, _ = optimizer.update(
+        jax.tree.map(lambda x: x + 10.0, params), optimizer.init(params), params
+    )
+    assert optax.global_norm(updates) == pytest.approx(config.learning_rate, rel=1e-5)
+
+
+def test_weight_decay_reaches_every_parameter_unless_told():
+    params = {
+        "conv": {"kernel": jnp.ones(2), "bias": jnp.ones(2)},
+        "blocks": {0: {"scale": jnp.ones(())}},
+    }
+    assert all(jax.tree.leaves(decay_mask(default_config().optimizer.weight_decay_mask, params)))
+    mask = decay_mask("kernel$|blocks/0", params)
+    assert mask == {"conv": {"kernel": True, "bias": False}, "blocks": {0: {"scale": True}}}
+    with pytest.raises(UserError, match=r"weight_decay_mask = 'gamma'.*blocks/0/scale"):
+        decay_mask("gamma", params)
