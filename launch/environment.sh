@@ -24,7 +24,8 @@ install() {
   [ -e "$stamp" ] && return
   python=$(find_python) || return
   echo "installing into $VENV (a few minutes the first time) …"
-  [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV" || return
+  # without pip where an earlier attempt was cut off, or where venv itself failed
+  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$VENV" || return
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
     --constraint constraints.txt --editable ".${extra:+[$extra]}" || return
   touch "$stamp"

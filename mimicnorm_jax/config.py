@@ -22,8 +22,12 @@ from mimicnorm_jax.precision import PRECISIONS
 DATA_SETS = ("digits", "folder", "synthetic", "tfds")
 SCHEDULES = ("multistep", "constant", "cosine", "linear")
 
+# Epochs are counted exactly, in millionths; more of them than this are a slip of the hand.
+SHORTEST, LONGEST = 1e-6, 1e6
+
 # Fields that change what is watched or kept, not what is computed: a run may be
-# continued with another value of them.
+# continued with another value of them. (The data themselves may move, not change: a run
+# remembers which images it was started with.)
 FREE_FIELDS = ("max_steps", "log_every", "checkpoint_every", "keep_checkpoints", "data.dir")
 
 
@@ -47,22 +51,35 @@ class Field:
     check: Callable[[Any], bool] | None = None
     kind: type | None = None
 
+    def accepts(self, value: Any) -> bool:
+        """Whether a value is in the allowed range."""
+        try:
+            return self.check is None or self.check(value)
+        except (TypeError, ValueError, OverflowError):  # such as a word among numbers
+            return False
+
     def describe(self) -> str:
         """The allowed values, for people."""
         words = " | ".join(self.choices) if self.choices else self.allowed
         return words + (" (or unset)" if self.default is None else "")
 
 
-def _at_least(low: float) -> dict[str, Any]:
-    return {"allowed": f">= {low:g}", "check": lambda v: math.isfinite(v) and v >= low}
+def _at_least(low: float, most: float = math.inf) -> dict[str, Any]:
+    words = f">= {low:g}" if most == math.inf else f"{low:g} to {most:.10g}"
+    return {"allowed": words, "check": lambda v: math.isfinite(v) and low <= v <= most}
 
 
-def _above(low: float) -> dict[str, Any]:
-    return {"allowed": f"> {low:g}", "check": lambda v: math.isfinite(v) and v > low}
+def _above(low: float, most: float = math.inf) -> dict[str, Any]:
+    words = f"> {low:g}" + ("" if most == math.inf else f", <= {most:g}")
+    return {"allowed": words, "check": lambda v: math.isfinite(v) and low < v <= most}
 
 
 def _in_unit_interval() -> dict[str, Any]:
     return {"allowed": "0 <= value < 1", "check": lambda v: 0 <= v < 1}
+
+
+def _each(allowed: str, check: Callable[[Any], bool]) -> dict[str, Any]:
+    return {"allowed": allowed, "check": lambda values: all(check(v) for v in values)}
 
 
 def _true_or_false() -> dict[str, Any]:
@@ -80,19 +97,19 @@ def _is_regex(value: str) -> bool:
 FIELDS: dict[str, Field] = {
     "method": Field("mimicnorm", "What normalizes the network.", tuple(METHODS)),
     "network": Field("resnet20", "The architecture.", tuple(NETWORKS)),
-    "width": Field(1.0, "Multiplier of the network's features.", **_above(0)),
-    "epochs": Field(150.0, "Length of the run in epochs; may be a fraction.", **_above(0)),
+    "width": Field(1.0, "Multiplier of the network's features.", **_above(0, 100)),
+    "epochs": Field(150.0, "Length of the run in epochs; may be a fraction.", **_at_least(SHORTEST, LONGEST)),
     "max_steps": Field(None, "Stop after this many steps even if epochs are left.", **_at_least(1), kind=int),
-    "batch_size": Field(256, "Examples in a step, over all devices.", **_at_least(1)),
-    "seed": Field(0, "Decides initial values, order, augmentation and dropout.", **_at_least(0)),
+    "batch_size": Field(256, "Examples in a step, over all devices.", **_at_least(1, 2**24)),
+    "seed": Field(0, "Decides initial values, order, augmentation and dropout.", **_at_least(0, 2**32 - 1)),
     "learning_rate": Field(0.1, "Learning rate after warm-up.", **_above(0)),
     "precision": Field("auto", "Type of convolutions and matrix products; auto is bfloat16 on GPU and TPU, float32 on CPU.", PRECISIONS),
     "weight_mean": Field("projected", "How weight mean is kept: by the optimizer (projected), or in the forward pass (reparameterized).", ("projected", "reparameterized")),
     "deterministic": Field(False, "Deterministic GPU kernels, for bit-exact resume on GPUs (slower).", **_true_or_false()),
     "num_devices": Field(None, "Devices to use; unset uses all.", **_at_least(1), kind=int),
     "log_every": Field(10, "Steps between two lines of metrics.", **_at_least(1)),
-    "eval_every": Field(1.0, "Epochs between two evaluations; the end is always evaluated.", **_above(0)),
-    "checkpoint_every": Field(1.0, "Epochs between two checkpoints; the end is always kept.", **_above(0)),
+    "eval_every": Field(1.0, "Epochs between two evaluations; the end is always evaluated.", **_at_least(SHORTEST, LONGEST)),
+    "checkpoint_every": Field(1.0, "Epochs between two checkpoints; the end is always kept.", **_at_least(SHORTEST, LONGEST)),
     "keep_checkpoints": Field(2, "Latest checkpoints to keep, beside the best one.", **_at_least(1)),
     "network_options.stem": Field(None, "resnet*: first layers.", ("auto", "small", "large"), kind=str),
     "network_options.shortcut": Field(None, "resnet*: what meets a changed shape.", ("auto", "identity", "projection"), kind=str),
@@ -109,10 +126,10 @@ FIELDS: dict[str, Field] = {
     "data.tfds_name": Field("", "tfds: name of the data set, such as cifar100."),
     "data.train_split": Field("train", "Name of the training split or its folder."),
     "data.test_split": Field("test", "Name of the test split or its folder."),
-    "data.image_size": Field(32, "Height and width of the images in pixels; others are resized.", **_at_least(1)),
+    "data.image_size": Field(32, "Height and width of the images in pixels; others are resized.", **_at_least(1, 8192)),
     "data.cache_gib": Field(2.0, "folder: decode a split once and keep it in memory if it takes at most this many GiB.", **_at_least(0)),
-    "data.mean": Field((), "Channel means for normalization, in units of 1; empty: measured on the training set.", allowed="numbers in [0, 1], one a channel", check=lambda v: all(0 <= x <= 1 for x in v)),
-    "data.std": Field((), "Channel standard deviations, likewise.", allowed="positive numbers, one a channel", check=lambda v: all(x > 0 for x in v)),
+    "data.mean": Field((), "Channel means for normalization, in units of 1; empty: measured on the training set.", **_each("numbers in [0, 1], one a channel", lambda x: 0 <= x <= 1)),
+    "data.std": Field((), "Channel standard deviations, likewise.", **_each("positive numbers, one a channel", lambda x: 0 < x < math.inf)),
     "data.pad_crop": Field(0, "Zero pixels padded on each side before a random crop back to size.", **_at_least(0)),
     "data.flip": Field(False, "Random horizontal flip.", **_true_or_false()),
     "data.num_classes": Field(10, "synthetic: number of classes.", **_at_least(2)),
@@ -125,8 +142,8 @@ FIELDS: dict[str, Field] = {
     "optimizer.label_smoothing": Field(0.0, "Weight of the uniform distribution in the target.", **_in_unit_interval()),
     "optimizer.ema_decay": Field(0.0, "Decay of an average of the parameters, which is then what is evaluated; 0 for none.", **_in_unit_interval()),
     "schedule.name": Field("multistep", "Learning rate after warm-up.", SCHEDULES),
-    "schedule.warmup_epochs": Field(2.0, "Epochs in which the rate rises from 0, step by step.", **_at_least(0)),
-    "schedule.milestones": Field((80.0, 110.0, 135.0), "multistep: epochs at which the rate is multiplied by gamma; those beyond the end never come.", allowed="increasing numbers > 0", check=lambda v: all(x > 0 for x in v)),
+    "schedule.warmup_epochs": Field(2.0, "Epochs in which the rate rises from 0, step by step.", **_at_least(0, LONGEST)),
+    "schedule.milestones": Field((80.0, 110.0, 135.0), "multistep: epochs at which the rate is multiplied by gamma; those beyond the end never come.", **_each("increasing epochs > 0", lambda x: 0 < x <= LONGEST)),
     "schedule.gamma": Field(0.1, "multistep: the multiplier.", **_above(0)),
 }  # fmt: skip
 
@@ -168,6 +185,11 @@ def validate(config: ConfigDict) -> None:
     Raises:
       UserError: naming the field, its value and what is allowed.
     """
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"the configuration is a {type(config).__name__}, not a ConfigDict; a config file's "
+            "get_config() starts from default_config() and returns it"
+        )
     values = flatten(config)
     for name in values:
         if name not in FIELDS:
@@ -180,7 +202,7 @@ def validate(config: ConfigDict) -> None:
             continue
         if field.choices and value not in field.choices:
             raise unknown(f"config.{name}", value, field.choices)
-        if field.check is not None and not field.check(value):
+        if not field.accepts(value):
             raise UserError(f"config.{name} = {value!r} is not allowed; allowed: {field.allowed}")
     _validate_schedule(config)
     _validate_data(config)

@@ -1,9 +1,10 @@
-"""The one exception a person, not a programmer, is meant to read."""
+"""The exceptions a person, not a programmer, is meant to read."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -12,6 +13,23 @@ class UserError(ValueError):
     The message is one line that names what was given and what is allowed. The
     command-line programs print it without a traceback and exit with code 2.
     """
+
+
+class NonFiniteError(RuntimeError):
+    """The loss, the gradient or a parameter became infinite or NaN."""
+
+
+@contextlib.contextmanager
+def refused_by_system(what: str) -> Iterator[None]:
+    """Turns an ``OSError`` inside the ``with`` block into a ``UserError``.
+
+    Args:
+      what: begins the message, such as ``"--workdir=runs/a cannot be used"``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror or error}") from error
 
 
 def unknown(kind: str, given: object, allowed: Iterable[str]) -> UserError:

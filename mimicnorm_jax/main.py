@@ -1,8 +1,6 @@
-"""Trains or evaluates one configuration.
+"""Trains or evaluates (--mode=eval) one configuration.
 
-  python -m mimicnorm_jax.main --config configs/digits_resnet20.py
   python -m mimicnorm_jax.main --config configs/digits_resnet20.py --config.method=batchnorm
-  python -m mimicnorm_jax.main --config configs/digits_resnet20.py --mode=eval
 
 ``python -m mimicnorm_jax.config`` prints every field that ``--config.FIELD=VALUE`` can set.
 """
@@ -16,8 +14,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from mimicnorm_jax.config import FIELDS
-from mimicnorm_jax.errors import UserError, unknown
+from mimicnorm_jax.config import FIELDS, validate
+from mimicnorm_jax.errors import NonFiniteError, UserError, unknown
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration, a Python file.")
 _WORKDIR = flags.DEFINE_string(
@@ -46,24 +44,22 @@ def _parse(argv: list[str]) -> list[str]:
         raise UserError(f"--config={path} failed: {type(error).__name__}: {reason}") from error
     if _CONFIG.value is None:
         raise UserError("--config is missing; for example --config configs/digits_resnet20.py")
+    if _WORKDIR.value == "":
+        raise UserError("--workdir= is empty; leave it out for runs/<config>-<method>-s<seed>")
     if rest[1:]:
         raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
     return rest
 
 
-def _run() -> None:
+def _run(_: list[str]) -> None:
     from mimicnorm_jax.train import loop, workdir  # after parsing, so that --help is quick
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
     config = _CONFIG.value
-    folder = (
-        pathlib.Path(_WORKDIR.value)
-        if _WORKDIR.value
-        else workdir.default_workdir(
-            config, config_flags.get_config_filename(flags.FLAGS["config"])
-        )
-    )
+    validate(config)
+    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    folder = pathlib.Path(_WORKDIR.value or workdir.default_workdir(config, path))
     if _MODE.value == "eval":
         print(json.dumps(loop.evaluate_run(config, folder), indent=2))
     else:
@@ -71,20 +67,12 @@ def _run() -> None:
 
 
 def main() -> None:
-    """Runs the program; exit code 2 and one line for a wrong input."""
+    """Runs the program; one line, and exit code 2 for a wrong input, 1 for divergence."""
     try:
-        app.run(lambda _: _run(), flags_parser=_parse)
-    except UserError as error:
-        sys.exit(_fail(error, 2))
-    except RuntimeError as error:
-        if type(error).__name__ != "NonFiniteError":
-            raise
-        sys.exit(_fail(error, 1))
-
-
-def _fail(error: Exception, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return code
+        app.run(_run, flags_parser=_parse)
+    except (UserError, NonFiniteError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.methods import Method
 
 DATA_AXIS = "data"
 
@@ -32,11 +33,16 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     return Mesh(np.array(devices[:num_devices]), (DATA_AXIS,), axis_types=(AxisType.Auto,))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises ``UserError`` unless the batch divides by the number of devices."""
+def check_batch_size(batch_size: int, mesh: Mesh, method: Method) -> None:
+    """Raises ``UserError`` unless the batch fits the number of devices and the method."""
     if batch_size % mesh.size:
         raise UserError(
             f"config.batch_size = {batch_size} does not divide by the {mesh.size} devices"
+        )
+    if batch_size < method.min_batch_size(mesh.size):
+        raise UserError(
+            f"config.batch_size = {batch_size} is too small for {method.name} on {mesh.size} "
+            f"device(s): its batch statistics need at least {method.min_batch_size(mesh.size)}"
         )
 
 

@@ -71,7 +71,7 @@ WRONG = {
     "weight_mean": "both",
     "num_devices": 0,
     "log_every": 0,
-    "eval_every": 0.0,
+    "eval_every": 1e-320,
     "checkpoint_every": 0.0,
     "keep_checkpoints": 0,
     "network_options.stem": "huge",
@@ -82,7 +82,7 @@ WRONG = {
     "data.name": "mnist",
     "data.image_size": 0,
     "data.mean": (0.5,),  # without data.std
-    "data.std": (0.0,),
+    "data.std": (float("inf"),),
     "data.pad_crop": 32,
     "data.num_classes": 1,
     "optimizer.momentum": 1.0,
@@ -94,7 +94,7 @@ WRONG = {
     "schedule.name": "step",
     "schedule.milestones": (80.0, 30.0),
     "schedule.gamma": 0.0,
-    "schedule.warmup_epochs": -1.0,
+    "schedule.warmup_epochs": 1e300,
 }
 
 

@@ -37,6 +37,13 @@ CASES = {
     "no such config": Case([], "there is no such file", config="configs/digits_resnet21.py"),
     "config that raises": Case([], "failed: AttributeError", config="{tmp}/raises.py"),
     "config of another field": Case([], "failed: AttributeError", config="{tmp}/unknown.py"),
+    "config that is none": Case([], "is a dict, not a ConfigDict", config="{tmp}/dict.py"),
+    "config without fields": Case([], "config.method is missing", config="{tmp}/bare.py"),
+    "a word among numbers": Case(
+        ["--config.schedule.milestones=abc"], "config.schedule.milestones = ('abc',) is not allowed"
+    ),
+    "endless": Case(["--config.epochs=1e300"], "config.epochs = 1e+300 is not allowed"),
+    "a seed of more than 32 bits": Case(["--config.seed=4294967296"], "allowed: 0 to 4294967295"),
     "no such folder": Case(
         [*FOLDER, "--config.data.dir={tmp}/nowhere"], "nowhere' is not a folder"
     ),
@@ -45,6 +52,14 @@ CASES = {
     "empty class": Case([*FOLDER, "--config.data.dir={tmp}/empty"], "train/dog has no images"),
     "corrupt image": Case([*FOLDER, "--config.data.dir={tmp}/corrupt"], "test/cat/1.jpg"),
     "tfds for now": Case(["--config.data.name=tfds"], "cannot be read"),
+    "name too long": Case([*FOLDER, f"--config.data.dir={'x' * 300}"], "File name too long"),
+    "one class": Case([*FOLDER, "--config.data.dir={tmp}/one"], "a single class, cat"),
+    "batch too small": Case(
+        ["--config.batch_size=1", "--config.num_devices=1"], "batch statistics need at least 2"
+    ),
+    "one example a device": Case(
+        ["--config.batch_size=4", "--config.method=batchnorm"], "need at least 8"
+    ),
     "batch and devices": Case(["--config.batch_size=30"], "30 does not divide by the 4 devices"),
     "too many devices": Case(["--config.num_devices=5"], "there are only 4 devices"),
     "image too small": Case(
@@ -59,6 +74,9 @@ CASES = {
     "decay of nothing": Case(
         ["--config.optimizer.weight_decay_mask=gamma"], "matches no parameter"
     ),
+    "no workdir": Case([], "--workdir= is empty", workdir=""),
+    "workdir with a damaged config": Case([], "holds no JSON object", workdir="{tmp}/null"),
+    "workdir with too long a name": Case([], "File name too long", workdir="{tmp}/" + "x" * 300),
     "workdir of another config": Case([], "config.seed (1 there, 0 now)", workdir="{tmp}/other"),
     "workdir that is no run": Case([], "holds no run", workdir="{tmp}/raw"),
     "workdir that is a file": Case([], "is a file", workdir="{tmp}/raises.py"),
@@ -75,6 +93,15 @@ def bad_things(tmp_path):
         "from mimicnorm_jax.config import default_config\n"
         "def get_config():\n    c = default_config()\n    c.epoch = 3\n    return c\n"
     )
+    (tmp_path / "dict.py").write_text("def get_config():\n    return {}\n")
+    (tmp_path / "bare.py").write_text(
+        "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict()\n"
+    )
+    (tmp_path / "null").mkdir()
+    (tmp_path / "null" / "config.json").write_text("null")
+    for split in ("train", "test"):
+        (tmp_path / "one" / split / "cat").mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "one" / split / "cat" / "0.jpg")
     (tmp_path / "raw").mkdir()
     (tmp_path / "raw" / "notes.txt").write_text("mine")
     for root in ("empty", "corrupt"):

@@ -12,6 +12,7 @@ import collections
 import functools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from fractions import Fraction
 from typing import Any, TypeVar
 
 import numpy as np
@@ -66,10 +67,12 @@ class Pipeline:
         self._workers = workers
         self._pool: ThreadPoolExecutor | None = None
 
-    @property
-    def steps_per_epoch(self) -> float:
-        """N / B: epochs are fractional numbers of steps."""
-        return len(self.source) / self.batch_size
+    def steps(self, epochs: float) -> Fraction:
+        """Exactly how many steps ``epochs`` are: N / B each, which is seldom whole.
+
+        With floating-point numbers 150 epochs of 136 / 50 steps would be more than 408.
+        """
+        return Fraction(epochs).limit_denominator(10**6) * len(self.source) / self.batch_size
 
     def indices(self, step: int) -> np.ndarray:
         """Indices ``(B,)`` into the source of the examples of a step."""

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from mimicnorm_jax.errors import UserError, unknown
+from mimicnorm_jax.errors import UserError, refused_by_system, unknown
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 _DIGITS_TEST_EXAMPLES = 360
@@ -30,6 +32,11 @@ class Source(Protocol):
     class_names: list[str]
     image_shape: tuple[int, int, int]
 
+    @property
+    def identity(self) -> str:
+        """A digest that tells these examples from others, wherever they are stored."""
+        ...
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
@@ -44,10 +51,18 @@ class ArraySource:
       images: uint8 ``(N, H, W, C)``.
       labels: integers ``(N,)``.
       class_names: the classes, in the order of their labels.
+      identity: see ``Source``; default: of the pixels and labels.
     """
 
-    def __init__(self, images: np.ndarray, labels: np.ndarray, class_names: list[str]):
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        class_names: list[str],
+        identity: str | None = None,
+    ):
         self.images = images
+        self._identity = identity
         self.labels = labels.astype(np.int32)
         self.class_names = class_names
         self.image_shape: tuple[int, int, int] = images.shape[1:]
@@ -58,43 +73,75 @@ class ArraySource:
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return self.images[index], int(self.labels[index])
 
+    @functools.cached_property
+    def identity(self) -> str:
+        if self._identity is not None:
+            return self._identity
+        return _digest([str(self.image_shape).encode(), self.images, self.labels])
+
+
+def _digest(parts: Iterable[bytes | np.ndarray]) -> str:
+    sha = hashlib.sha256()
+    for part in parts:
+        sha.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
+    return sha.hexdigest()
+
 
 class FolderSource:
     """A split stored as ``directory/<class>/*.{jpg,jpeg,png}``, decoded when asked for.
 
-    Every image becomes RGB; one that is not square of ``image_size`` is resized on its
-    short side and cropped at the centre.
+    Every image is turned upright (EXIF) and becomes 8-bit RGB; one that is not square of
+    ``image_size`` is resized on its short side and cropped at the centre.
 
     Args:
       directory: the split's folder.
       image_size: height and width in pixels.
 
     Raises:
-      UserError: a folder that does not exist, has no class folders, or has a class
-        folder without images.
+      UserError: a folder that does not exist or may not be read, has fewer than two
+        class folders, or has a class folder without images.
     """
 
     def __init__(self, directory: str | pathlib.Path, image_size: int):
-        directory = pathlib.Path(directory)
-        if not directory.is_dir():
-            raise UserError(f"{directory} is not a folder; expected {directory}/<class>/*.jpg")
-        classes = sorted(path for path in directory.iterdir() if path.is_dir())
-        if not classes:
-            raise UserError(f"{directory} has no class folders; expected {directory}/<class>/*.jpg")
+        self.directory = pathlib.Path(directory)
+        self.image_shape: tuple[int, int, int] = (image_size, image_size, 3)
+        self.class_names: list[str] = []
         self.paths: list[pathlib.Path] = []
         labels: list[int] = []
-        for label, folder in enumerate(classes):
-            images = sorted(
-                path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES
-            )
-            if not images:
-                suffixes = ", ".join(IMAGE_SUFFIXES)
-                raise UserError(f"class folder {folder} has no images ({suffixes})")
-            self.paths += images
-            labels += [label] * len(images)
+        with refused_by_system(f"cannot read folder {directory}"):
+            for label, folder in enumerate(self._class_folders()):
+                images = sorted(
+                    path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES
+                )
+                if not images:
+                    suffixes = ", ".join(IMAGE_SUFFIXES)
+                    raise UserError(f"class folder {folder} has no images ({suffixes})")
+                self.class_names.append(folder.name)
+                self.paths += images
+                labels += [label] * len(images)
         self.labels = np.array(labels, np.int32)
-        self.class_names = [folder.name for folder in classes]
-        self.image_shape: tuple[int, int, int] = (image_size, image_size, 3)
+
+    def _class_folders(self) -> list[pathlib.Path]:
+        expected = f"expected {self.directory}/<class>/*.jpg"
+        if not self.directory.is_dir():
+            raise UserError(f"{self.directory} is not a folder; {expected}")
+        folders = sorted(path for path in self.directory.iterdir() if path.is_dir())
+        if not folders:
+            raise UserError(f"{self.directory} has no class folders; {expected}")
+        if len(folders) == 1:
+            raise UserError(
+                f"{self.directory} has a single class, {folders[0].name}: nothing to learn; "
+                f"{expected}"
+            )
+        return folders
+
+    @functools.cached_property
+    def identity(self) -> str:
+        # all names, and some sizes: asking for a million of them would take minutes
+        names = (str(path.relative_to(self.directory)).encode() + b"\n" for path in self.paths)
+        chosen = np.linspace(0, len(self) - 1, min(1000, len(self))).astype(int)
+        sizes = np.array([self.paths[index].stat().st_size for index in chosen])
+        return _digest([*names, sizes])
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -104,11 +151,21 @@ class FolderSource:
         path = self.paths[index]
         try:
             with Image.open(path) as image:
-                square = _square(image.convert("RGB"), self.image_shape[0])
+                square = _square(_rgb(image), self.image_shape[0])
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             reason = str(error).replace(str(path), "the file").splitlines()[0]
             raise UserError(f"cannot read image {path}: {reason}") from error
         return np.asarray(square, np.uint8), int(self.labels[index])
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The image upright, in 8-bit RGB."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def _square(image: Image.Image, size: int) -> Image.Image:
@@ -141,7 +198,7 @@ def cache(source: Source, *, description: str, workers: int = 8) -> ArraySource:
             done, description, len(source), unit="image", disable=not sys.stderr.isatty()
         ):
             pass
-    return ArraySource(images, labels, source.class_names)
+    return ArraySource(images, labels, source.class_names, source.identity)
 
 
 def _digits(data: ConfigDict) -> tuple[Source, Source]:
@@ -165,8 +222,9 @@ def _digits(data: ConfigDict) -> tuple[Source, Source]:
 
 def _folder(data: ConfigDict) -> tuple[Source, Source]:
     root = pathlib.Path(data.dir).expanduser()
-    if not root.is_dir():
-        raise UserError(f"config.data.dir = {data.dir!r} is not a folder")
+    with refused_by_system(f"config.data.dir = {data.dir!r} cannot be read"):
+        if not root.is_dir():
+            raise UserError(f"config.data.dir = {data.dir!r} is not a folder")
     train, test = (
         FolderSource(root / split, data.image_size) for split in (data.train_split, data.test_split)
     )

@@ -21,11 +21,16 @@ def project_weight_mean(mask: Any) -> optax.GradientTransformation:
 
     Example::
 
-      optimizer = optax.chain(optax.sgd(0.1, momentum=0.9), project_weight_mean(mask))
+      transform = optax.chain(
+          optax.sgd(0.1, momentum=0.9), project_weight_mean(weight_mean_mask(model))
+      )
+      optimizer = nnx.Optimizer(model, transform, wrt=nnx.Param)
 
     Args:
-      mask: tree like the parameters with True for every kernel to centre, or a function
-        from the parameters to such a tree; ``weight_mean_mask(model)`` makes one.
+      mask: tree like the parameters, as a pure dictionary, with True for every kernel to
+        centre, or a function from the parameters to such a tree;
+        ``weight_mean_mask(model)`` makes one. The parameters themselves may be an
+        ``nnx.State`` or a tree of arrays.
 
     Raises (in ``update``):
       ValueError: no parameters given, a mask that does not fit them, or a chosen
@@ -39,12 +44,17 @@ def project_weight_mean(mask: Any) -> optax.GradientTransformation:
         projected = jax.tree.map(
             lambda centre, u, w: center_kernel(w + u) - w if centre else u,
             chosen,
-            updates,
-            params,
+            _pure(updates),
+            _pure(params),
         )
-        return projected, state
+        # A pure dictionary and the state it was made of have the same leaves in one order.
+        return jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(projected)), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _pure(tree: Any) -> Any:
+    return nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
 
 
 def weight_mean_mask(model: nnx.Module) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Normalization" (2020). Equation and appendix numbers below are that paper's.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
@@ -149,15 +150,18 @@ class ScaledKernel(nnx.Module):
         )
 
 
-def _per_axis(value: int | Sequence[int], axes: int) -> tuple[int, ...]:
-    return (value,) * axes if isinstance(value, int) else tuple(value)
+def _per_axis(value: Any, axes: int) -> tuple[Any, ...]:
+    return (value,) * axes if isinstance(value, numbers.Integral) else tuple(value)
 
 
-def _lax_padding(
-    padding: int | Sequence[int] | Sequence[tuple[int, int]], axes: int
-) -> tuple[tuple[int, int], ...]:
-    sides = (padding,) * axes if isinstance(padding, int) else padding
-    return tuple((side, side) if isinstance(side, int) else (side[0], side[1]) for side in sides)
+def _lax_padding(padding: Padding, axes: int) -> str | tuple[tuple[int, int], ...]:
+    if isinstance(padding, str):
+        if padding not in ("SAME", "VALID"):
+            raise ValueError(f"padding must be 'SAME', 'VALID' or numbers, got {padding!r}")
+        return padding
+    sides = _per_axis(padding, axes)
+    pairs = ((s, s) if isinstance(s, numbers.Integral) else s for s in sides)
+    return tuple((int(low), int(high)) for low, high in pairs)
 
 
 class ScaledConv(ScaledKernel):
@@ -226,7 +230,7 @@ class ScaledConv(ScaledKernel):
         self.out_features = out_features
         self.kernel_size = size
         self.strides = _per_axis(strides, len(size))
-        self.padding = padding if isinstance(padding, str) else _lax_padding(padding, len(size))
+        self.padding = _lax_padding(padding, len(size))
         self.kernel_dilation = _per_axis(kernel_dilation, len(size))
         self.feature_group_count = feature_group_count
         self.dtype = dtype

@@ -142,6 +142,13 @@ class Method:
         """How ``(shortcut, branch)`` become the input of the block's last activation."""
         return add
 
+    def min_batch_size(self, num_devices: int) -> int:
+        """Fewest examples in a global batch with which training makes sense.
+
+        A batch statistic of a single example leaves nothing of it.
+        """
+        return 1
+
     def head(self, num_classes: int) -> Function:
         """What follows the classifier; the result is in at least float32."""
         return _Upcast(self.precision.param_dtype)

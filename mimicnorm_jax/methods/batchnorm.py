@@ -31,6 +31,9 @@ class BatchNorm(Method):
         if self.bn_sync not in ("local", "global"):
             raise unknown("bn_sync", self.bn_sync, ("local", "global"))
 
+    def min_batch_size(self, num_devices: int) -> int:
+        return 2 * num_devices if self.bn_sync == "local" else 2
+
     def _normalizes(self, site: Site) -> bool:
         return site.role not in ("hidden_dense", "classifier")
 

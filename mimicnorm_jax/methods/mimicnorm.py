@@ -113,6 +113,9 @@ class MimicNorm(Method):
         options = self._layer_options(in_features, site)
         return layer(in_features, out_features, rngs=rngs, **options)
 
+    def min_batch_size(self, num_devices: int) -> int:
+        return 2 if self.has_last_bn else 1
+
     def head(self, num_classes: int) -> Function:
         if not self.has_last_bn:
             return super().head(num_classes)

@@ -16,6 +16,17 @@ from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.train.state import TrainState
 
 _METRIC = "test_accuracy"
+Restored = tuple[TrainState, dict[str, Any]]
+
+
+def latest_step(directory: pathlib.Path) -> int:
+    """Step of the newest checkpoint in a folder; 0 without one."""
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def _accuracy(metrics: dict[str, float]) -> float:
+    return metrics.get(_METRIC, -1.0)  # a state that was not evaluated is never the best
 
 
 class Checkpoints:
@@ -33,14 +44,14 @@ class Checkpoints:
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics[_METRIC],
-            n=1,
-            keep_checkpoints_without_metrics=False,
-        )
+        best = policies.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False)
         policy = policies.AnyPreservationPolicy([policies.LatestN(self._keep), best])
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, enable_async_checkpointing=True
+            preservation_policy=policy,
+            # The policy decides what is kept; without this, no metric would reach the disk,
+            # and a resumed run would not know which of its checkpoints is the best.
+            best_fn=_accuracy,
+            enable_async_checkpointing=True,
         )
         return ocp.CheckpointManager(self.directory.absolute(), options=options)
 
@@ -66,38 +77,64 @@ class Checkpoints:
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
             ),
-            metrics=None if test_accuracy is None else {_METRIC: test_accuracy},
+            metrics={} if test_accuracy is None else {_METRIC: test_accuracy},
         )
 
-    def restore_latest(self, target: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest checkpoint that can be read, or None.
+    def restore_latest(self, target: TrainState) -> Restored | None:
+        """The newest checkpoint that can be read; None if there are no checkpoints.
 
-        A damaged one is reported and moved to ``damaged/`` beside the checkpoints.
+        Damaged ones are reported and moved to ``damaged/`` beside the checkpoints, but
+        only where an older one can take their place.
 
         Args:
           target: shapes, types and shardings to restore to.
-        """
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                return self._restore(step, target)
-            except Exception as error:  # whatever a damaged file makes a decoder raise
-                self._set_aside(step, error)
-        return None
-
-    def restore_best(self, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """The checkpoint of the best test accuracy, else the latest.
 
         Raises:
-          UserError: there is none.
+          UserError: there are checkpoints, and none of them can be read.
         """
-        metrics = {step: self._manager.metrics(step) for step in sorted(self._manager.all_steps())}
-        if not metrics:
-            raise UserError(f"{self.directory} has no checkpoint")
-        evaluated = {step: m[_METRIC] for step, m in metrics.items() if m}
-        best = max(evaluated, key=lambda step: (evaluated[step], step)) if evaluated else None
-        return self._restore(max(metrics) if best is None else best, target)
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not steps:
+            return None
+        restored, damaged = self._first_readable(steps, target)
+        if damaged:
+            self._set_aside(damaged)
+        return restored
 
-    def _restore(self, step: int, target: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    def restore_best(self, target: TrainState) -> Restored:
+        """The checkpoint of the best test accuracy; if damaged, the next best, loudly.
+
+        Raises:
+          UserError: there is none, or none that can be read.
+        """
+        steps = sorted(self._manager.all_steps(), key=lambda step: (self._accuracy_of(step), step))
+        if not steps:
+            raise UserError(f"{self.directory} has no checkpoint")
+        return self._first_readable(steps[::-1], target)[0]
+
+    def _accuracy_of(self, step: int) -> float:
+        try:
+            return _accuracy(self._manager.metrics(step) or {})
+        except Exception:  # whatever a damaged file makes a decoder raise
+            return -1.0
+
+    def _first_readable(self, steps: list[int], target: TrainState) -> tuple[Restored, list[int]]:
+        """The first of ``steps`` that can be read, and those before it that cannot."""
+        damaged: list[int] = []
+        for step in steps:
+            try:
+                return self._restore(step, target), damaged
+            except Exception as error:  # whatever a damaged file makes a decoder raise
+                damaged.append(step)
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                print(
+                    f"WARNING: the checkpoint of step {step} is damaged ({reason})", file=sys.stderr
+                )
+        raise UserError(
+            f"none of the checkpoints in {self.directory} can be read; to start again, choose "
+            "another --workdir"
+        )
+
+    def _restore(self, step: int, target: TrainState) -> Restored:
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -106,19 +143,19 @@ class Checkpoints:
         )
         return restored.state, restored.progress
 
-    def _set_aside(self, step: int, error: Exception) -> None:
-        aside = self.directory.parent / "damaged" / str(step)
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        print(
-            f"WARNING: the checkpoint of step {step} is damaged ({reason}); it is moved to "
-            f"{aside} and the one before it is used",
-            file=sys.stderr,
-        )
+    def _set_aside(self, damaged: list[int]) -> None:
+        aside = self.directory.parent / "damaged"
+        print(f"WARNING: moved to {aside}; the checkpoint before it is used", file=sys.stderr)
         self._manager.close()
-        aside.parent.mkdir(exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        (self.directory / str(step)).rename(aside)
+        aside.mkdir(exist_ok=True)
+        for step in damaged:
+            shutil.rmtree(aside / str(step), ignore_errors=True)
+            (self.directory / str(step)).rename(aside / str(step))
         self._manager = self._open()
+
+    def latest_step(self) -> int:
+        """Step of the newest checkpoint, one that is still being written included; or 0."""
+        return self._manager.latest_step() or 0
 
     def close(self) -> None:
         """Waits until everything is on disk."""

@@ -9,24 +9,29 @@ import pathlib
 import signal
 import time
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any
 
 import jax
+import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from mimicnorm_jax.config import flatten
 from mimicnorm_jax.data.pipeline import prefetch
-from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.errors import NonFiniteError, UserError
 from mimicnorm_jax.parallel import shard_batch
-from mimicnorm_jax.train.checkpoint import Checkpoints
+from mimicnorm_jax.train.checkpoint import Checkpoints, latest_step
 from mimicnorm_jax.train.metrics import MetricsWriter, plot_curves, read_rows
 from mimicnorm_jax.train.progress import Progress, Throughput
 from mimicnorm_jax.train.setup import Experiment, set_up
 from mimicnorm_jax.train.state import TrainState, count_parameters, digest
 from mimicnorm_jax.train.workdir import (
+    DataIdentity,
     Summary,
+    check_data,
     check_workdir,
+    data_identity,
     finished_summary,
     open_workdir,
     say_finished,
@@ -37,10 +42,6 @@ from mimicnorm_jax.train.workdir import (
 # How far the host may run ahead of the device: far enough that the device never waits,
 # near enough that the progress shown, and a stop on a bad loss, are not late.
 _STEPS_IN_FLIGHT = 2
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or the gradient became infinite or NaN."""
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> Summary | None:
@@ -59,11 +60,16 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> Summary | None:
       NonFiniteError: the run diverged; the last good checkpoint is kept.
     """
     check_workdir(workdir, config)
-    if summary := finished_summary(workdir, config):
+    summary = finished_summary(workdir)
+    if summary and summary["config"]["max_steps"] == config.max_steps:
         say_finished(summary, workdir)
         return summary
     experiment = set_up(config)
-    open_workdir(workdir, config)
+    data = _check_run(experiment, workdir)
+    if summary and summary["steps"] == experiment.total_steps:
+        say_finished(summary, workdir)
+        return summary
+    open_workdir(workdir, config, data)
     _introduce(experiment, workdir)
     with contextlib.closing(
         Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
@@ -86,6 +92,7 @@ def evaluate_run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"--workdir={workdir} has no checkpoints to evaluate; train it first")
     check_workdir(workdir, config)
     experiment = set_up(config)
+    check_data(workdir, _identity(experiment))
     with contextlib.closing(Checkpoints(directory, keep=config.keep_checkpoints)) as checkpoints:
         best, _ = checkpoints.restore_best(experiment.abstract_state)
         latest = checkpoints.restore_latest(experiment.abstract_state)
@@ -94,6 +101,23 @@ def evaluate_run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         results["latest"] = _evaluation_row(experiment, latest[0])
     write_json(workdir / "eval.json", results)
     return results
+
+
+def _identity(experiment: Experiment) -> DataIdentity:
+    return data_identity(experiment.train_data.source, experiment.test_data.source)
+
+
+def _check_run(experiment: Experiment, workdir: pathlib.Path) -> DataIdentity:
+    """Makes sure that ``workdir`` holds no longer run, and none on other images."""
+    data = _identity(experiment)
+    check_data(workdir, data)
+    done = latest_step(workdir / "checkpoints")
+    if done > experiment.total_steps:
+        raise UserError(
+            f"--workdir={workdir} holds a run of {done} steps already, more than the "
+            f"{experiment.total_steps} of config.max_steps; choose another --workdir"
+        )
+    return data
 
 
 def _evaluation_row(experiment: Experiment, state: TrainState) -> dict[str, Any]:
@@ -173,19 +197,21 @@ class _Loop:
         self._workdir = workdir
         self._checkpoints = checkpoints
         self._best = {"best_test_accuracy": 0.0, "best_step": 0}
+        self._since_log: list[dict[str, float]] = []  # of the steps since the last log line
         self._evaluation: dict[str, float] | None = None
         restored = checkpoints.restore_latest(experiment.abstract_state)
         if restored is None:
             self._state = experiment.initial_state()
         else:
-            self._state, self._best = restored
+            self._state, progress = restored
+            self._since_log = progress.pop("since_log")
+            self._best = progress
         self._first_step = self._step = int(self._state.step)
         self._in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
-        self._since_log: list[dict[str, float]] = []
-        self._steps_per_epoch = experiment.train_data.steps_per_epoch
         self._writer = MetricsWriter(workdir, self._step)
-        self._progress = Progress(self._step, experiment.total_steps, self._steps_per_epoch)
+        self._progress = Progress(self._step, experiment.total_steps)
         self._throughput = Throughput()
+        self._learning_rate = math.nan
 
     def run(self) -> Summary | None:
         """Runs to the end and returns the summary, or None after a stop signal."""
@@ -199,6 +225,7 @@ class _Loop:
                 for batch in prefetch(self._next_batch, self._step, total):
                     self._advance(batch)
                     if stop and self._step < total:
+                        self._check_state()
                         self._save()
                         self._progress.say(
                             f"stopped by {signal.Signals(stop[0]).name} after step {self._step}; "
@@ -230,30 +257,52 @@ class _Loop:
         at_end = self._step == self._experiment.total_steps
         if at_end or self._step % self._config.log_every == 0:
             self._log()
-        due = at_end or self._is_due(self._config.eval_every)
-        self._evaluation = self._evaluate() if due else None
-        improved = due and self._best["best_step"] == self._step
-        if at_end or improved or self._is_due(self._config.checkpoint_every):
+        evaluates = at_end or self._is_due(self._config.eval_every)
+        saves = at_end or self._is_due(self._config.checkpoint_every)
+        if evaluates or saves:
+            self._check_state()
+        self._evaluation = self._evaluate() if evaluates else None
+        if saves or (evaluates and self._best["best_step"] == self._step):
             self._save()
 
     def _is_due(self, every_epochs: float) -> bool:
         """Whether this step completes another ``every_epochs`` epochs."""
-        period = every_epochs * self._steps_per_epoch
-        return math.floor(self._step / period) > math.floor((self._step - 1) / period)
+        period = self._experiment.train_data.steps(every_epochs)
+        return Fraction(self._step) // period > Fraction(self._step - 1) // period
+
+    def _epoch(self) -> float:
+        return float(self._step / self._experiment.train_data.steps(1))
 
     def _take_metrics(self) -> None:
         """Fetches the metrics of the oldest step in flight; stops the run if they are bad."""
         step = self._step - len(self._in_flight) + 1
         values = {name: x.item() for name, x in self._in_flight.popleft().items()}
         self._since_log.append(values)
+        self._learning_rate = values["learning_rate"]
         for name in ("loss", "gradient_norm"):
             if not math.isfinite(values[name]):
-                raise NonFiniteError(
-                    f"the {name.replace('_', ' ')} is {values[name]} at step {step} (learning "
-                    f"rate {values['learning_rate']:.3g}); try a lower config.learning_rate, more "
-                    "config.schedule.warmup_epochs or config.optimizer.clip_norm=1; the last "
-                    f"checkpoint is kept in {self._workdir / 'checkpoints'}"
-                )
+                what = f"the {name.replace('_', ' ')} is {values[name]}"
+                raise self._diverged(what, step, values["learning_rate"])
+
+    def _check_state(self) -> None:
+        """Stops the run if its state is no longer finite, so that it is never kept.
+
+        A finite loss does not vouch for it: the loss is that of the state before the step.
+        """
+        self._drain()
+        leaves = jax.tree.leaves(jax.device_get(self._state))
+        if not all(np.isfinite(leaf).all() for leaf in leaves):
+            what = "a parameter or statistic is infinite or NaN"
+            raise self._diverged(what, self._step, self._learning_rate)
+
+    def _diverged(self, what: str, step: int, learning_rate: float) -> NonFiniteError:
+        folder, kept = self._checkpoints.directory, self._checkpoints.latest_step()
+        return NonFiniteError(
+            f"{what} at step {step} (learning rate {learning_rate:.3g}); try, in a new --workdir, "
+            "a lower config.learning_rate, more config.schedule.warmup_epochs or "
+            "config.optimizer.clip_norm=1; "
+            + (f"the checkpoint of step {kept} is kept in {folder}" if kept else "no step is kept")
+        )
 
     def _drain(self) -> None:
         while self._in_flight:
@@ -264,7 +313,7 @@ class _Loop:
         rows, self._since_log = self._since_log, []
         row = {
             "step": self._step,
-            "epoch": self._step / self._steps_per_epoch,
+            "epoch": self._epoch(),
             "train_loss": sum(row["loss"] for row in rows) / len(rows),
             "train_accuracy": sum(row["correct"] for row in rows)
             / (len(rows) * self._config.batch_size),
@@ -273,13 +322,12 @@ class _Loop:
             "images_per_second": self._throughput.rate(),
         }
         self._writer.write(row)
-        self._progress.show(self._step, row)
+        self._progress.show(row)
 
     def _evaluate(self) -> dict[str, float]:
-        self._drain()
         with self._throughput.paused():
             evaluation = evaluate(self._experiment, self._state)
-            row = {"step": self._step, "epoch": self._step / self._steps_per_epoch}
+            row = {"step": self._step, "epoch": self._epoch()}
             self._writer.write(row | evaluation)
             accuracy = evaluation["test_accuracy"]
             if accuracy > self._best["best_test_accuracy"]:
@@ -292,17 +340,17 @@ class _Loop:
         return evaluation
 
     def _save(self) -> None:
-        self._drain()  # a state that follows a bad loss is never saved
         with self._throughput.paused():
             accuracy = None if self._evaluation is None else self._evaluation["test_accuracy"]
-            self._checkpoints.save(self._state, self._best, accuracy)
+            progress = self._best | {"since_log": self._since_log}
+            self._checkpoints.save(self._state, progress, accuracy)
 
     def _finish(self) -> Summary:
         evaluation = self._evaluation or evaluate(self._experiment, self._state)
         losses = [r["train_loss"] for r in read_rows(self._workdir) if "train_loss" in r]
         config = self._config
         title = f"{config.network}, {config.method}, {config.data.name}"
-        picture = plot_curves(self._workdir, title, self._steps_per_epoch)
+        picture = plot_curves(self._workdir, title)
         device = self._experiment.mesh.devices.flat[0]
         summary = write_summary(
             self._workdir,

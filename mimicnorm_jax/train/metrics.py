@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 from tensorboardX import SummaryWriter
 
 Row = dict[str, Any]
-# Writing goes on where the run goes on, so what was logged after the checkpoint a run
-# resumes from is dropped first: the file reads as if nothing had happened.
 
 
 class MetricsWriter:
     """Appends rows to ``metrics.jsonl`` and to TensorBoard event files.
+
+    Writing goes on where the run goes on: what was logged after the checkpoint a run
+    resumes from is dropped first, so the file reads as if nothing had happened.
 
     Args:
       workdir: the run's folder.
@@ -32,17 +34,25 @@ class MetricsWriter:
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 
     def write(self, row: Row) -> None:
-        """Writes one row; ``row["step"]`` is its step."""
-        self._file.write(json.dumps(row) + "\n")
+        """Writes one row; ``row["step"]`` is its step.
+
+        What is not finite becomes null: JSON has no word for it.
+        """
+        row = {name: value if _is_finite(value) else None for name, value in row.items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         for name, value in row.items():
-            if name != "step":
+            if name != "step" and value is not None:
                 self._events.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
         """Flushes and closes the files."""
         self._file.close()
         self._events.close()
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def read_rows(workdir: pathlib.Path) -> list[Row]:
@@ -57,13 +67,12 @@ def read_rows(workdir: pathlib.Path) -> list[Row]:
     return rows
 
 
-def plot_curves(workdir: pathlib.Path, title: str, steps_per_epoch: float) -> pathlib.Path:
+def plot_curves(workdir: pathlib.Path, title: str) -> pathlib.Path:
     """Draws loss, accuracy and learning rate over the epochs into ``curves.png``.
 
     Args:
       workdir: the run's folder, with its ``metrics.jsonl``.
       title: of the picture.
-      steps_per_epoch: for the horizontal axis.
 
     Returns:
       The path of the picture.
@@ -82,7 +91,7 @@ def plot_curves(workdir: pathlib.Path, title: str, steps_per_epoch: float) -> pa
     )
     for axes, (label, curves) in zip(figure.subplots(1, 3), panels, strict=True):
         for name, legend in curves:
-            points = [(r["step"] / steps_per_epoch, r[name]) for r in rows if name in r]
+            points = [(r["epoch"], r[name]) for r in rows if r.get(name) is not None]
             if not points:
                 continue
             epochs, values = zip(*points, strict=True)
@@ -91,7 +100,13 @@ def plot_curves(workdir: pathlib.Path, title: str, steps_per_epoch: float) -> pa
             is_test = name.startswith("test")
             axes.plot(epochs, values, label=legend, marker="o" if is_test else None, ms=3)
             if is_test:
-                axes.annotate(f"{values[-1]:.4g}", (epochs[-1], values[-1]), fontsize=8)
+                axes.annotate(
+                    f"{values[-1]:.4g}",
+                    (epochs[-1], values[-1]),
+                    xytext=(0, 6),
+                    textcoords="offset points",
+                    horizontalalignment="right",
+                )
         axes.set(xlabel="epoch", ylabel=label)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:

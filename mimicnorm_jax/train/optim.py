@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -15,26 +17,26 @@ from mimicnorm_jax.layers import project_weight_mean
 Tree = Any
 
 
-def make_schedule(config: ConfigDict, steps_per_epoch: float, total_steps: int) -> optax.Schedule:
+def make_schedule(
+    config: ConfigDict, steps: Callable[[float], Fraction], total_steps: int
+) -> optax.Schedule:
     """Learning rate by step: linear warm-up from 0, then the configured schedule.
 
     Args:
-      config: ``learning_rate``, ``epochs`` and ``schedule`` are read.
-      steps_per_epoch: may be a fraction.
+      config: ``learning_rate`` and ``schedule`` are read.
+      steps: how many steps so many epochs are, see ``Pipeline.steps``.
       total_steps: where cosine and linear decay reach 0. ``max_steps`` does not move it.
     """
     schedule = config.schedule
     peak = config.learning_rate
-    warmup = round(schedule.warmup_epochs * steps_per_epoch)
+    warmup = round(steps(schedule.warmup_epochs))
     if schedule.name == "multistep":
         # optax counts the boundaries of a joined schedule from the end of the warm-up.
-        after = optax.piecewise_constant_schedule(
-            peak,
-            {
-                max(0, round(epoch * steps_per_epoch) - warmup): schedule.gamma
-                for epoch in schedule.milestones
-            },
-        )
+        factors: dict[int, float] = {}
+        for epoch in schedule.milestones:
+            step = max(0, round(steps(epoch)) - warmup)
+            factors[step] = factors.get(step, 1.0) * schedule.gamma  # several may share a step
+        after = optax.piecewise_constant_schedule(peak, factors)
     elif schedule.name == "cosine":
         after = optax.cosine_decay_schedule(peak, max(1, total_steps - warmup))
     elif schedule.name == "linear":

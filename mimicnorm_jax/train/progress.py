@@ -6,6 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from tqdm import tqdm
 
@@ -18,12 +19,10 @@ class Progress:
     Args:
       step: step the run starts at.
       total_steps: step it ends at.
-      steps_per_epoch: for the epoch that is shown.
     """
 
-    def __init__(self, step: int, total_steps: int, steps_per_epoch: float):
+    def __init__(self, step: int, total_steps: int):
         self._total = total_steps
-        self._steps_per_epoch = steps_per_epoch
         self._first_step = step
         self._start = self._last_line = time.monotonic()
         self._bar = (
@@ -51,13 +50,14 @@ class Progress:
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
-    def show(self, step: int, row: dict[str, float]) -> None:
+    def show(self, row: dict[str, Any]) -> None:
         """Shows a row of training metrics."""
+        step, speed = row["step"], row["images_per_second"]
         text = (
-            f"epoch {step / self._steps_per_epoch:.1f} loss {row['train_loss']:.4f} "
+            f"epoch {row['epoch']:.1f} loss {row['train_loss']:.4f} "
             f"acc {100 * row['train_accuracy']:.1f}% lr {row['learning_rate']:.3g} "
-            f"{row['images_per_second']:.0f} images/s"
-        )
+            + (f"{speed:.0f} images/s" if speed is not None else "")
+        ).rstrip()
         if self._bar is not None:
             self._bar.set_postfix_str(text)
             return
@@ -94,7 +94,8 @@ class Throughput:
     def __init__(self) -> None:
         self._since = time.monotonic()
         self._images = self._total_images = 0
-        self._rate = self._total_seconds = 0.0
+        self._rate: float | None = None
+        self._total_seconds = 0.0
 
     def restart(self) -> float:
         """Forgets what came before; returns how many seconds that was."""
@@ -113,8 +114,8 @@ class Throughput:
         yield
         self._since += time.monotonic() - start
 
-    def rate(self) -> float:
-        """Images per second since the last call (the last rate if there were none)."""
+    def rate(self) -> float | None:
+        """Images per second since the last call, else the last rate; None before any."""
         if self._images:
             images, seconds = self._images, self.restart()
             self._rate = images / seconds
@@ -122,6 +123,6 @@ class Throughput:
             self._total_seconds += seconds
         return self._rate
 
-    def total_rate(self) -> float:
-        """Images per second over all calls of ``rate``."""
-        return self._total_images / self._total_seconds if self._total_images else 0.0
+    def total_rate(self) -> float | None:
+        """Images per second over all calls of ``rate``; None if there was nothing to time."""
+        return self._total_images / self._total_seconds if self._total_images else None

@@ -83,7 +83,8 @@ def set_up(config: ConfigDict) -> Experiment:
     validate(config)
     configure_jax(config)
     mesh = make_mesh(config.num_devices)
-    check_batch_size(config.batch_size, mesh)
+    method = method_of(config, axis_name=DATA_AXIS)
+    check_batch_size(config.batch_size, mesh, method)
     train, test = open_splits(config.data)
     size, _, channels = train.image_shape
     precision = resolve_precision(config.precision)
@@ -91,7 +92,7 @@ def set_up(config: ConfigDict) -> Experiment:
     def create() -> nnx.Module:
         return create_model(
             config.network,
-            method=method_of(config, axis_name=DATA_AXIS),
+            method=method,
             num_classes=len(train.class_names),
             image_size=size,
             channels=channels,
@@ -104,8 +105,8 @@ def set_up(config: ConfigDict) -> Experiment:
     network, initial_values = split_network(create)
     train_data = Pipeline(train, batch_size=config.batch_size, seed=config.seed)
     test_data = Pipeline(test, batch_size=config.batch_size, seed=config.seed)
-    epoch_steps = math.ceil(config.epochs * train_data.steps_per_epoch)
-    schedule = make_schedule(config, train_data.steps_per_epoch, epoch_steps)
+    epoch_steps = math.ceil(train_data.steps(config.epochs))
+    schedule = make_schedule(config, train_data.steps, epoch_steps)
     abstract_params, _ = jax.eval_shape(initial_values)
     optimizer = make_optimizer(config, schedule, abstract_params, network.weight_mean_mask)
 

@@ -11,9 +11,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mimicnorm_jax.config import FREE_FIELDS, flatten
-from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.data.sources import Source
+from mimicnorm_jax.errors import UserError, refused_by_system
 
 Summary = dict[str, Any]
+DataIdentity = dict[str, dict[str, Any]]
 
 
 def default_workdir(config: ConfigDict, config_path: str) -> pathlib.Path:
@@ -34,22 +36,11 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
       UserError: it holds the run of another configuration, or files that are no run, or
         is no folder, or cannot be written to.
     """
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is a file; allowed: a folder, or a new name")
-    existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"--workdir={workdir} cannot be made: {existing} is a file")
-    if not os.access(existing, os.W_OK):
-        raise UserError(f"--workdir={workdir} cannot be written to: no permission for {existing}")
-    if not workdir.exists():
-        return
-    path = workdir / "config.json"
-    if not path.exists():
-        if any(workdir.iterdir()):
-            raise UserError(
-                f"--workdir={workdir} is not empty and holds no run; allowed: a new name"
-            )
-        return
+    with refused_by_system(f"--workdir={workdir} cannot be used"):
+        _check_folder(workdir)
+        path = workdir / "config.json"
+        if not path.exists():
+            return
     before, now = read_json(path), _as_json(config)
     differing = [
         f"config.{name} ({before.get(name)!r} there, {now.get(name)!r} now)"
@@ -63,26 +54,65 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
         )
 
 
-def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
-    """Creates the folder and writes its ``config.json``.
+def _check_folder(workdir: pathlib.Path) -> None:
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; allowed: a folder, or a new name")
+    existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"--workdir={workdir} cannot be made: {existing} is a file")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"--workdir={workdir} cannot be written to: no permission for {existing}")
+    # What write_json leaves if the run is killed in its very first moment.
+    names = {path.name for path in workdir.iterdir()} - {"config.tmp"} if workdir.exists() else ()
+    if names and "config.json" not in names:
+        raise UserError(f"--workdir={workdir} is not empty and holds no run; allowed: a new name")
+
+
+def data_identity(train: Source, test: Source) -> DataIdentity:
+    """What a run remembers of its data: counts and digests, not where they are stored."""
+    return {
+        name: {
+            "examples": len(split),
+            "classes": len(split.class_names),
+            "sha256": split.identity,
+        }
+        for name, split in (("train", train), ("test", test))
+    }
+
+
+def check_data(workdir: pathlib.Path, data: DataIdentity) -> None:
+    """Raises ``UserError`` if the run in ``workdir`` was started with other images."""
+    path = workdir / "data.json"
+    before = read_json(path) if path.exists() else data
+    for split, now in data.items():
+        if before.get(split) != now:
+            there = before.get(split, {})
+            raise UserError(
+                f"--workdir={workdir} holds a run on other {split} images ("
+                f"{there.get('examples')} of {there.get('classes')} classes there, "
+                f"{now['examples']} of {now['classes']} now); choose another --workdir"
+            )
+
+
+def open_workdir(workdir: pathlib.Path, config: ConfigDict, data: DataIdentity) -> None:
+    """Creates the folder and writes its ``config.json`` and ``data.json``.
 
     Raises:
       UserError: the system refuses.
     """
-    try:
+    with refused_by_system(f"--workdir={workdir} cannot be written to"):
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "config.json", _as_json(config))
-    except OSError as error:
-        raise UserError(f"--workdir={workdir} cannot be written to: {error.strerror}") from error
+        write_json(workdir / "data.json", data)
 
 
-def finished_summary(workdir: pathlib.Path, config: ConfigDict) -> Summary | None:
-    """The summary of a finished run of exactly this configuration, else None."""
+def finished_summary(workdir: pathlib.Path) -> Summary | None:
+    """The summary of a run that came to its end, else None."""
     path = workdir / "summary.json"
     if not path.exists():
         return None
     summary = read_json(path)
-    return summary if summary["finished"] and summary["config"] == _as_json(config) else None
+    return summary if summary.get("finished") else None
 
 
 def write_summary(workdir: pathlib.Path, config: ConfigDict, values: Summary) -> Summary:
@@ -92,12 +122,17 @@ def write_summary(workdir: pathlib.Path, config: ConfigDict, values: Summary) ->
     return summary
 
 
-def read_json(path: pathlib.Path) -> Any:
-    """Reads a JSON file; raises ``UserError`` with its path if it is damaged."""
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a JSON object; raises ``UserError`` with its path if it is damaged."""
+    with refused_by_system(f"cannot read {path}"):
+        text = path.read_text()
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
         raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"cannot read {path}: it holds no JSON object")
+    return value
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

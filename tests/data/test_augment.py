@@ -65,6 +65,18 @@ def test_crop_and_flip_are_independent(images):
     assert both.dtype == np.uint8
 
 
+def test_where_an_image_is_cropped_says_nothing_about_its_flip():
+    count = 4096
+    ramp = jnp.broadcast_to(jnp.arange(1, 9, dtype=jnp.uint8), (count, 8, 8))[..., None]
+    augmented = np.asarray(augment(ramp, keys(count), pad_crop=2, flip=True))
+    row = augmented[:, 4, :, 0].astype(int)
+    flipped = row[:, 2] > row[:, 5]
+    left = np.where(flipped[:, None], row[:, ::-1], row)[:, 3] - 2  # offset of the crop
+    assert set(left) == set(range(5))
+    for offset in range(5):
+        assert np.mean(flipped[left == offset]) == pytest.approx(0.5, abs=0.08)
+
+
 def test_without_options_nothing_is_changed(images):
     np.testing.assert_array_equal(augment(images, keys(64), pad_crop=0, flip=False), images)
 

@@ -1,3 +1,5 @@
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -64,6 +66,67 @@ def test_an_image_of_the_right_size_is_not_resampled(folder):
     np.testing.assert_array_equal(image, np.asarray(Image.open(path)))
 
 
+def test_a_long_side_is_cropped_at_the_centre(folder):
+    path = folder / "train" / "cat" / "1.JPEG"
+    tall = np.zeros((24, 8, 3), np.uint8)
+    tall[8:16] = 200
+    Image.fromarray(tall).save(path, quality=100)
+    source = FolderSource(folder / "train", 8)
+    assert source[source.paths.index(path)][0].min() > 150
+
+
+def as_png(folder, image, **options):
+    path = folder / "train" / "cat" / "0.png"
+    image.save(path, **options)
+    source = FolderSource(folder / "train", 8)
+    return source[source.paths.index(path)][0]
+
+
+def test_16_bit_images_keep_their_scale(folder):
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    got = as_png(folder, Image.fromarray(ramp))
+    np.testing.assert_allclose(got[..., 0], ramp / 257, atol=1)
+
+
+def test_transparent_palettes_and_cmyk_become_rgb(folder):
+    red = Image.new("RGB", (8, 8), (255, 0, 0))
+    got = as_png(folder, red.convert("P", palette=Image.Palette.ADAPTIVE), transparency=b"\x80")
+    np.testing.assert_array_equal(got[0, 0], (255, 0, 0))
+    path = folder / "train" / "dog" / "2.jpg"
+    red.convert("CMYK").save(path)
+    source = FolderSource(folder / "train", 8)
+    np.testing.assert_allclose(source[source.paths.index(path)][0][0, 0], (255, 0, 0), atol=3)
+
+
+def test_photos_are_turned_upright(folder):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4] = 200  # the upper half is bright
+    exif = Image.Exif()
+    exif[0x0112] = 3  # stored upside down
+    got = as_png(folder, Image.fromarray(pixels), exif=exif)
+    assert got[:4].max() == 0 and got[4:].min() == 200
+
+
+def test_the_identity_is_that_of_the_examples_and_not_of_their_place(folder, tmp_path):
+    def identity(root, **values):
+        return open_splits(data_config(name="folder", dir=str(root), **values))[0].identity
+
+    before = identity(folder)
+    assert identity(folder, cache_gib=0.0) == before
+    moved = tmp_path / "moved"
+    shutil.copytree(folder / "train", moved / "train")
+    shutil.copytree(folder / "test", moved / "test")
+    assert identity(moved) == before
+    path = moved / "train" / "cat" / "2.jpg"
+    path.rename(path.with_name("3.jpg"))
+    renamed = identity(moved)
+    path.with_name("3.jpg").write_bytes((moved / "train" / "dog" / "1.JPEG").read_bytes())
+    assert len({before, renamed, identity(moved)}) == 3
+
+    digits = [open_splits(data_config(name="digits", image_size=8)) for _ in range(2)]
+    assert digits[0][0].identity == digits[1][0].identity != digits[0][1].identity
+
+
 def test_caching_changes_nothing_but_the_speed(folder):
     lazy = open_splits(data_config(name="folder", dir=str(folder), image_size=8, cache_gib=0.0))[0]
     cached = open_splits(data_config(name="folder", dir=str(folder), image_size=8))[0]
@@ -112,6 +175,11 @@ def test_wrong_folders_are_named(folder):
     Image.new("RGB", (8, 8)).save(folder / "test" / "emu" / "0.png")
     with pytest.raises(UserError, match="differ: emu"):
         open_splits(data_config(name="folder", dir=str(folder)))
+    (folder / "one" / "cat").mkdir(parents=True)
+    with pytest.raises(UserError, match="a single class, cat"):
+        open_splits(data_config(name="folder", dir=str(folder), train_split="one"))
+    with pytest.raises(UserError, match="cannot be read: File name too long"):
+        open_splits(data_config(name="folder", dir="x" * 300))
     (folder / "empty").mkdir()
     with pytest.raises(UserError, match="no class folders"):
         open_splits(data_config(name="folder", dir=str(folder), train_split="empty"))

@@ -36,6 +36,17 @@ def test_training_normalizes_by_the_biased_and_keeps_the_unbiased_variance(logit
     np.testing.assert_allclose(var, 0.9 + 0.1 * x.var(0, ddof=1), rtol=1e-12)
 
 
+def test_the_gradient_is_that_of_batch_normalization(logits):
+    """Ioffe and Szegedy 2015, Section 3: mean and variance depend on the input too."""
+    g = np.asarray(jax.random.normal(jax.random.key(1), logits.shape, jnp.float64))
+    gradient = jax.grad(lambda x: jnp.sum(g * apply(x)[0]))(logits)
+    x = np.asarray(logits)
+    deviation = np.sqrt(x.var(0) + 1e-5)
+    y = (x - x.mean(0)) / deviation
+    expected = (g - g.mean(0) - y * (g * y).mean(0)) / deviation
+    np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-13)
+
+
 def test_evaluation_uses_the_running_statistics_and_leaves_them(logits):
     norm = LastBN(CLASSES, param_dtype=jnp.float64)
     norm(logits)

@@ -60,6 +60,26 @@ def test_the_mask_of_a_model_is_its_projected_kernels():
             np.testing.assert_allclose(kernel.mean((0, 1, 2)), 0.0, atol=1e-6)
 
 
+def test_flax_optimizers_and_states_are_served_too():
+    model = create_model(
+        "mlp",
+        method=create_method("mimicnorm", weight_mean="projected", min_fan_in=10),
+        num_classes=4,
+        image_size=4,
+        rngs=nnx.Rngs(0),
+    )
+    transform = optax.chain(optax.sgd(0.1), project_weight_mean(weight_mean_mask(model)))
+    optimizer = nnx.Optimizer(model, transform, wrt=nnx.Param)
+    x = jax.random.normal(jax.random.key(0), (8, 4, 4, 3))
+    before = model.layers[0].kernel[...]
+    grads = nnx.grad(lambda model: jnp.sum(jnp.sin(model(x) + x[:, 0, 0, :1])))(model)
+    optimizer.update(model, grads)
+    after = model.layers[0].kernel[...]
+    assert jnp.max(jnp.abs(after - before)) > 1e-5
+    expected = center_kernel(before - 0.1 * grads["layers"][0]["kernel"][...])
+    np.testing.assert_allclose(after, expected, atol=1e-6)
+
+
 def test_a_reparameterized_model_has_nothing_to_project():
     model = create_model(
         "resnet20", method="mimicnorm", num_classes=10, image_size=8, rngs=nnx.Rngs(0)

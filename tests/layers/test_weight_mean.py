@@ -161,3 +161,10 @@ def test_the_kernel_is_centred_in_float32_under_bfloat16():
 def test_wrong_arguments_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make(nnx.Rngs(0))
+
+
+def test_numpy_integers_are_integers_and_unknown_paddings_are_named():
+    layer = WeightMeanConv(2, 3, (3, 3), np.int64(2), padding=np.int64(1), rngs=nnx.Rngs(0))
+    assert layer(jnp.ones((1, 8, 8, 2))).shape == (1, 4, 4, 3)
+    with pytest.raises(ValueError, match="'SAME', 'VALID' or numbers, got 'CIRCULAR'"):
+        WeightMeanConv(2, 3, (3, 3), padding="CIRCULAR", rngs=nnx.Rngs(0))

@@ -129,6 +129,16 @@ def test_initial_variances_are_the_stable_ones(network):
     assert np.var(stem.kernel[...]) == pytest.approx(1 / 27, rel=0.15)
 
 
+def test_a_first_layer_is_initialized_for_an_image_that_is_not_rectified():
+    large = make("resnet18", "mimicnorm", width=1.0, image_size=224).stem.conv
+    first, second = make("mlp", "mimicnorm", width=1.0).layers
+    for layer, after_relu in ((large, False), (first, False), (second, True)):
+        assert isinstance(layer, (WeightMeanConv, WeightMeanDense))
+        n = np.prod(layer.kernel.shape[:-1])
+        expected = (2 / (1 - 1 / np.pi) if after_relu else 1) / (n - 1)
+        assert np.var(layer.kernel[...]) == pytest.approx(expected, rel=0.05)
+
+
 def test_a_bias_is_where_no_norm_follows():
     for name, expected in (("nonorm", True), ("mimicnorm", True), ("batchnorm", False)):
         model = make("resnet20", name)
@@ -203,6 +213,26 @@ class TestFixup:
             lambda path, x: x.shape == () or "kernel" in str(path) or "dense" in str(path), params
         )
         assert all(jax.tree.leaves(scalars))
+
+    def test_the_biases_and_the_multiplier_do_what_they_are_named_for(self):
+        unit = make("resnet20", "fixup").blocks[0].branch[-1].conv
+        unit.conv.kernel[...] = jax.random.normal(jax.random.key(1), unit.conv.kernel.shape)
+        x = jax.random.normal(jax.random.key(0), (2, 8, 8, unit.conv.in_features))
+        unit.bias_in[...], unit.bias_out[...] = jnp.float32(0.3), jnp.float32(-0.2)
+        unit.conv.scale[...] = jnp.float32(1.7)
+        plain = jax.lax.conv_general_dilated(
+            x + 0.3,
+            unit.conv.kernel[...],
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        np.testing.assert_allclose(unit(x), 1.7 * plain - 0.2, rtol=1e-4, atol=1e-4)
+        classifier = make("resnet20", "fixup").classifier
+        classifier.dense.kernel[...] = jnp.ones_like(classifier.dense.kernel[...])
+        features = jnp.zeros((1, classifier.dense.in_features))
+        classifier.bias_in[...] = jnp.float32(0.5)
+        np.testing.assert_allclose(classifier(features), 0.5 * features.size)
 
     @pytest.mark.parametrize("network", sorted(set(NETWORKS) - BRANCHED))
     def test_a_network_without_branches_is_an_error_that_lists_what_fits(self, network):

@@ -44,11 +44,16 @@ def test_vgg_with_convolution_biases_and_the_thin_resnet_are_the_published_ones(
     assert count_parameters("resnet20", "batchnorm", **thin) == pytest.approx(0.27e6, rel=0.01)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("network", ["mlp", "vgg11", "resnet18", "resnet50", "resnet20"])
+MADE_FOR_EACH_OTHER = [
+    (network, method)
+    for network in ("mlp", "vgg11", "resnet18", "resnet50", "resnet20")
+    for method in METHODS
+    if network in BRANCHED or not METHODS[method].needs_branches
+]
+
+
+@pytest.mark.parametrize(("network", "method"), MADE_FOR_EACH_OTHER)
 def test_every_method_makes_a_network_with_finite_logits_and_gradients(network, method):
-    if METHODS[method].needs_branches and network not in BRANCHED:
-        pytest.skip("needs residual branches")
     model = create_model(
         network, method=method, num_classes=7, image_size=32, width=1 / 8, rngs=nnx.Rngs(0)
     )
@@ -113,6 +118,28 @@ def test_the_identity_shortcut_subsamples_and_pads_with_zero_channels():
     y = identity_shortcut(x, strides=2, features=6)
     np.testing.assert_array_equal(y[..., :4], x[:, ::2, ::2])
     np.testing.assert_array_equal(y[..., 4:], 0.0)
+
+
+def test_the_stride_of_a_bottleneck_is_in_its_3x3_convolution():
+    model = nnx.eval_shape(
+        lambda: create_model(
+            "resnet50", method="nonorm", num_classes=10, image_size=32, rngs=nnx.Rngs(0)
+        )
+    )
+    strides = [tuple(unit.conv.strides for unit in block.branch) for block in model.blocks]
+    assert strides.count((1, 2, 1)) == 3
+    assert strides.count((1, 1, 1)) == 13
+
+
+def test_the_two_dropouts_of_vgg_draw_different_masks():
+    model = create_model(
+        "vgg11", method="nonorm", num_classes=3, image_size=32, width=1 / 16, rngs=nnx.Rngs(0)
+    )
+    first, second = (
+        layer(jnp.ones((1, 256)), jax.random.split(jax.random.key(0), 1))
+        for layer in model.dropouts
+    )
+    assert 0.3 < jnp.mean((first > 0) == (second > 0)) < 0.7
 
 
 def test_the_stem_follows_the_image_size_unless_told():

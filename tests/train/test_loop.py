@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import re
@@ -5,11 +6,12 @@ import re
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.errors import NonFiniteError, UserError
 from mimicnorm_jax.train import loop
 from mimicnorm_jax.train.checkpoint import Checkpoints
-from mimicnorm_jax.train.loop import NonFiniteError, evaluate_run, train
+from mimicnorm_jax.train.loop import evaluate_run, train
 from mimicnorm_jax.train.metrics import read_rows
 from mimicnorm_jax.train.setup import set_up
 from mimicnorm_jax.train.state import digest
@@ -103,22 +105,135 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny_config, t
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+def last_state(config, workdir):
+    experiment = set_up(config)
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=2)
+    state, _ = checkpoints.restore_latest(experiment.abstract_state)
+    checkpoints.close()
+    return state
+
+
+def test_a_state_that_a_finite_loss_has_ruined_is_not_kept(tiny_config, tmp_path):
+    """The loss of a step is that of the state before it: here only step 3 sees the harm."""
+    every = 1 / 45
+    config = tiny_config(max_steps=4, eval_every=every, checkpoint_every=every)
+    experiment = set_up(config)
+    original = experiment.train_step
+
+    def train_step(state, batch):
+        state, metrics = original(state, batch)
+        if int(state.step) == 2:
+            state = state.replace(params=jax.tree.map(lambda x: x * np.inf, state.params))
+        return state, metrics
+
+    ruined = dataclasses.replace(experiment, train_step=train_step)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "set_up", lambda _: ruined)
+        with pytest.raises(NonFiniteError, match=r"at step 2 .*the checkpoint of step 1 is kept"):
+            train(config, tmp_path / "run")
+    assert int(last_state(config, tmp_path / "run").step) == 1
+    evaluated = [row["step"] for row in read_rows(tmp_path / "run") if "test_loss" in row]
+    assert evaluated == [1]
+
+
+def test_an_infinite_gradient_stops_the_run(tiny_config, tmp_path, monkeypatch):
+    experiment = set_up(tiny_config(max_steps=4))
+    original = experiment.train_step
+
+    def train_step(state, batch):
+        state, metrics = original(state, batch)
+        return state, metrics | {"gradient_norm": metrics["gradient_norm"] * np.inf}
+
+    infinite = dataclasses.replace(experiment, train_step=train_step)
+    monkeypatch.setattr(loop, "set_up", lambda _: infinite)
+    with pytest.raises(
+        NonFiniteError, match=r"the gradient norm is inf at step 1.*no step is kept"
+    ):
+        train(tiny_config(max_steps=4), tmp_path / "run")
+
+
+def test_a_finished_run_is_left_alone(tiny_config, tmp_path, capsys):
+    first = train(tiny_config(max_steps=4), tmp_path / "run")
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    for same in (tiny_config(max_steps=4, log_every=1), tiny_config(max_steps=4, epochs=1.0)):
+        assert train(same, tmp_path / "run") == first
+        assert "is finished" in capsys.readouterr().out
+    with pytest.raises(UserError, match="of 4 steps already, more than the 3"):
+        train(tiny_config(max_steps=3), tmp_path / "run")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == files
+
+
+def test_a_run_is_not_continued_on_other_images(tiny_config, tmp_path):
+    def config(name, steps):
+        return tiny_config(
+            max_steps=steps,
+            epochs=9.0,
+            batch_size=4,
+            data__name="folder",
+            data__dir=str(tmp_path / name),
+        )
+
+    for name, shade in (("a", 0), ("b", 90)):
+        for split in ("train", "test"):
+            for label in ("x", "y"):
+                folder = tmp_path / name / split / label
+                folder.mkdir(parents=True)
+                for index in range(4):
+                    pixels = np.full((8, 8, 3), shade + index, np.uint8)
+                    pixels[index:, : 2 if label == "x" else 6] = 200
+                    Image.fromarray(pixels).save(folder / f"{name if shade else ''}{index}.png")
+    train(config("a", 2), tmp_path / "run")
+    (tmp_path / "a").rename(tmp_path / "moved")
+    assert train(config("moved", 3), tmp_path / "run")["resumed_from_step"] == 2
+    for attempt in (train, evaluate_run):
+        with pytest.raises(UserError, match="a run on other train images"):
+            attempt(config("b", 4), tmp_path / "run")
+
+
+def test_what_a_kill_in_the_first_moment_leaves_is_no_obstacle(tiny_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.tmp").write_text("{")
+    assert train(tiny_config(max_steps=1), tmp_path / "run")["steps"] == 1
+    # one step is nothing to time: JSON's null, not a made-up number
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["images_per_second"] is None
+
+
 def test_a_damaged_checkpoint_is_skipped_loudly_for_the_one_before_it(
     tiny_config, tmp_path, capsys
 ):
     config = tiny_config(max_steps=6, checkpoint_every=2 / 45)
     expected = train(config, tmp_path / "whole")
     train(tiny_config(max_steps=4, checkpoint_every=2 / 45), tmp_path / "run")
-    latest = tmp_path / "run" / "checkpoints" / "4" / "state"
-    for path in latest.rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    damage(tmp_path / "run" / "checkpoints" / "4")
     capsys.readouterr()
     summary = train(config, tmp_path / "run")
     assert "checkpoint of step 4 is damaged" in capsys.readouterr().err
     assert (tmp_path / "run" / "damaged" / "4").is_dir()
     assert summary["resumed_from_step"] == 2
     assert summary["state_sha256"] == expected["state_sha256"]
+
+
+def damage(checkpoint):
+    for path in (checkpoint / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_where_no_checkpoint_can_be_read_nothing_is_touched(tiny_config, tmp_path, capsys):
+    config = tiny_config(max_steps=4, checkpoint_every=2 / 45)
+    train(config, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    damage(folder / "4")
+    results = evaluate_run(config, tmp_path / "run")
+    assert results["best"]["step"] == 2
+    assert "checkpoint of step 4 is damaged" in capsys.readouterr().err
+    damage(folder / "2")
+    for attempt in (
+        lambda: train(tiny_config(max_steps=6, checkpoint_every=2 / 45), tmp_path / "run"),
+        lambda: evaluate_run(config, tmp_path / "run"),
+    ):
+        with pytest.raises(UserError, match="none of the checkpoints in"):
+            attempt()
 
 
 def test_the_best_checkpoint_is_kept_beside_the_latest(tiny_config, tmp_path, monkeypatch):
@@ -129,14 +244,23 @@ def test_the_best_checkpoint_is_kept_beside_the_latest(tiny_config, tmp_path, mo
         lambda *_: {"test_loss": 1.0, "test_accuracy": next(accuracies), "test_examples": 360},
     )
     every = 2 / 45
-    config = tiny_config(max_steps=10, eval_every=every, checkpoint_every=every, keep_checkpoints=2)
-    summary = train(config, tmp_path / "run")
+    config, start = (
+        tiny_config(max_steps=n, eval_every=every, checkpoint_every=every, keep_checkpoints=2)
+        for n in (10, 6)
+    )
+    train(start, tmp_path / "run")
+    summary = train(config, tmp_path / "run")  # the one that resumes knows the best one too
     kept = sorted(
         int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()
     )
     assert kept == [4, 8, 10]
     assert (summary["best_test_accuracy"], summary["best_step"]) == (0.9, 4)
     assert summary["final_test_accuracy"] == 0.5
+    experiment = set_up(config)
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=2)
+    state, _ = checkpoints.restore_best(experiment.abstract_state)
+    checkpoints.close()
+    assert int(state.step) == 4
 
 
 def test_a_run_of_another_configuration_is_not_overwritten(tiny_config, tmp_path):

@@ -1,3 +1,6 @@
+import math
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +12,18 @@ from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.recipes import cifar, imagenet
 from mimicnorm_jax.train.optim import decay_mask, make_optimizer, make_schedule
 
-STEPS_PER_EPOCH = 50_000 / 256
+CIFAR, IMAGENET, TEN = Fraction(50_000, 256), Fraction(1_281_167, 256), Fraction(10)
 
 
-def rates(config, epochs, steps_per_epoch=STEPS_PER_EPOCH):
-    total = int(np.ceil(config.epochs * steps_per_epoch))
-    schedule = make_schedule(config, steps_per_epoch, total)
+def schedule_of(config, steps_per_epoch=CIFAR):
+    def steps(epochs):
+        return Fraction(epochs) * steps_per_epoch
+
+    return make_schedule(config, steps, math.ceil(steps(config.epochs)))
+
+
+def rates(config, epochs, steps_per_epoch=CIFAR):
+    schedule = schedule_of(config, steps_per_epoch)
     return [float(schedule(round(epoch * steps_per_epoch))) for epoch in epochs]
 
 
@@ -25,15 +34,13 @@ def test_the_cifar_recipe_is_the_papers():
 
 
 def test_the_imagenet_recipe_is_the_papers():
-    steps = 1_281_167 / 256
     epochs = (0, 1, 2, 29.9, 30.1, 59.9, 60.1, 84.9, 85.1, 90)
     expected = (0, 0.05, 0.1, 0.1, 0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001)
-    np.testing.assert_allclose(rates(imagenet(), epochs, steps), expected, rtol=1e-2, atol=1e-9)
+    np.testing.assert_allclose(rates(imagenet(), epochs, IMAGENET), expected, rtol=1e-2, atol=1e-9)
 
 
 def test_warm_up_rises_step_by_step():
-    config = cifar()
-    schedule = make_schedule(config, 10.0, 1500)
+    schedule = schedule_of(cifar(), TEN)
     np.testing.assert_allclose([schedule(s) for s in range(21)], np.linspace(0, 0.1, 21), atol=1e-7)
 
 
@@ -47,6 +54,13 @@ def test_milestones_within_the_warm_up_apply_at_its_end():
     config = cifar()
     config.schedule.milestones = (1.0, 3.0)
     np.testing.assert_allclose(rates(config, (2.01, 2.9, 3.1)), (0.01, 0.01, 0.001), rtol=1e-5)
+
+
+def test_milestones_that_share_a_step_all_apply():
+    config = cifar()
+    config.learning_rate = 1.0
+    config.schedule.milestones = (1.0, 1.5, 3.0, 3.01)
+    np.testing.assert_allclose(rates(config, (2, 2.9, 3), TEN), (1e-2, 1e-2, 1e-4), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +103,7 @@ def test_sgd_is_pytorchs(nesterov, float64):
     config.optimizer.nesterov = nesterov
     config.optimizer.weight_decay = 0.01
     params = {"kernel": jnp.asarray(np.linspace(-1, 1, 6).reshape(3, 2))}
-    optimizer = make_optimizer(config, make_schedule(config, 1.0, 10), params, {"kernel": False})
+    optimizer = make_optimizer(config, schedule_of(config), params, {"kernel": False})
     expected = sgd_by_hand(config, np.sin, np.asarray(params["kernel"]), 5)
     state = optimizer.init(params)
     for _ in range(5):
@@ -103,13 +117,28 @@ def test_clipping_bounds_the_global_norm():
     config.schedule.name, config.schedule.warmup_epochs = "constant", 0.0
     config.optimizer.update(momentum=0.0, weight_decay=0.0, clip_norm=1.0)
     params = {"a": jnp.zeros((3,)), "b": jnp.zeros((4,))}
-    optimizer = make_optimizer(
-        config, make_schedule(config, 1.0, 1), params, {"a": False, "b": False}
-    )
+    optimizer = make_optimizer(config, schedule_of(config), params, {"a": False, "b": False})
     updates, _ = optimizer.update(
         jax.tree.map(lambda x: x + 10.0, params), optimizer.init(params), params
     )
     assert optax.global_norm(updates) == pytest.approx(config.learning_rate, rel=1e-5)
+
+
+def test_clipping_comes_before_decay_and_decay_is_masked(float64):
+    config = default_config()
+    config.schedule.name, config.schedule.warmup_epochs = "constant", 0.0
+    config.optimizer.update(
+        momentum=0.5, weight_decay=0.2, clip_norm=1.0, weight_decay_mask="kernel"
+    )
+    params = {"kernel": jnp.full((4,), 3.0), "bias": jnp.full((4,), 3.0)}
+    mask = {"kernel": False, "bias": False}
+    optimizer = make_optimizer(config, schedule_of(config), params, mask)
+    state, grads = optimizer.init(params), jax.tree.map(jnp.ones_like, params)
+    clipped = 1 / np.sqrt(8)
+    for momentum in (1.0, 1.5):  # the second step adds half of the first
+        updates, state = optimizer.update(grads, state, params)
+        np.testing.assert_allclose(updates["bias"], -0.1 * momentum * clipped)
+        np.testing.assert_allclose(updates["kernel"], -0.1 * momentum * (clipped + 0.2 * 3.0))
 
 
 def test_weight_decay_reaches_every_parameter_unless_told():

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mimicnorm_jax.parallel import shard_batch
@@ -131,6 +132,36 @@ def test_evaluation_counts_every_example_once_on_any_number_of_devices(devices, 
     )
     accuracy = np.mean(np.argmax(np.asarray(logits), -1) == experiment.test_data.source.labels)
     assert result["test_accuracy"] == pytest.approx(accuracy, abs=1e-9)
+
+
+def test_the_evaluation_loss_is_the_mean_over_the_examples_not_the_padding(tiny_config):
+    _, state, experiment, _ = train(tiny_config(batch_size=32), 1)
+    logits = experiment.network.apply_eval(
+        *jax.device_get((state.params, state.batch_stats)), normalized(experiment)
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        logits, experiment.test_data.source.labels
+    )
+    expected = losses.mean().item()
+    assert evaluate(experiment, state)["test_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_label_smoothing_reaches_the_loss(tiny_config):
+    none, some, more = (
+        train(tiny_config(optimizer__label_smoothing=rate), 1).losses[0] for rate in (0, 0.2, 0.4)
+    )
+    assert abs(some - none) > 0.01
+    assert more - none == pytest.approx(2 * (some - none), rel=1e-3)  # linear in the rate
+
+
+def test_the_same_images_are_augmented_differently_in_every_step(tiny_config):
+    experiment = set_up(tiny_config(learning_rate=1e-12, method="nonorm"))
+    state, batch = experiment.initial_state(), experiment.train_data.batch(0)
+    losses = []
+    for _ in range(3):
+        state, metrics = experiment.train_step(state, shard_batch(batch, experiment.mesh))
+        losses.append(metrics["loss"].item())
+    assert len({round(loss, 5) for loss in losses}) == 3
 
 
 def normalized(experiment):
