@@ -36,7 +36,9 @@ def cifar100() -> ConfigDict:
 def imagenet() -> ConfigDict:
     """ImageNet: 90 epochs, batch 256, weight decay 1e-4, images of 224 pixels.
 
-    The rate rises to 0.1 in 2 epochs and falls by 10 at epochs 30, 60 and 85.
+    The rate rises to 0.1 in 2 epochs and falls by 10 at epochs 30, 60 and 85. The paper's
+    random crops of random size, and 256 to 224 pixels in evaluation, are not part of it
+    yet: the only crop of large images is the central one.
     """
     config = default_config()
     config.epochs = 90.0

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers import stable_normal
 from mimicnorm_jax.precision import FLOAT32, Precision
 
@@ -70,6 +71,7 @@ class Method:
       precision: number types of the layers; ``create_model`` sets it.
       axis_name: mapped axis over which batch statistics are averaged; None where the
         model is used outside ``shard_map``, ``pmap`` and ``vmap``.
+      scalar_rate: learning rate of scalar parameters, as a multiple of the others'.
     """
 
     name: ClassVar[str] = "nonorm"
@@ -77,6 +79,11 @@ class Method:
 
     precision: Precision = FLOAT32
     axis_name: str | None = None
+    scalar_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.scalar_rate > 0:
+            raise UserError(f"scalar_rate must be positive, got {self.scalar_rate}")
 
     def conv(
         self,

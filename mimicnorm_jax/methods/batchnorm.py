@@ -28,6 +28,7 @@ class BatchNorm(Method):
     conv_bias: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.bn_sync not in ("local", "global"):
             raise unknown("bn_sync", self.bn_sync, ("local", "global"))
 

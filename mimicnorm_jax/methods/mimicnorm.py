@@ -46,6 +46,7 @@ class MimicNorm(Method):
     residual_init: Literal["inverse_sqrt", "inverse"] = "inverse_sqrt"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.weight_mean not in get_args(WeightMean):
             raise unknown("weight_mean", self.weight_mean, get_args(WeightMean))
         if self.residual_init not in ("inverse_sqrt", "inverse"):

@@ -72,7 +72,12 @@ def decay_mask(pattern: str, params: Tree) -> Tree:
 
 
 def make_optimizer(
-    config: ConfigDict, schedule: optax.Schedule, params: Tree, weight_mean_mask: Tree
+    config: ConfigDict,
+    schedule: optax.Schedule,
+    params: Tree,
+    weight_mean_mask: Tree,
+    *,
+    scalar_rate: float = 1.0,
 ) -> optax.GradientTransformation:
     """SGD as the paper trains: decay joins the gradient, then momentum, then the rate.
 
@@ -81,6 +86,7 @@ def make_optimizer(
       schedule: learning rate by step.
       params: tree of (abstract) parameters, for the masks.
       weight_mean_mask: kernels that are kept centred after every update.
+      scalar_rate: see ``Method``.
     """
     options = config.optimizer
     transforms = []
@@ -92,6 +98,9 @@ def make_optimizer(
     if options.momentum:
         transforms.append(optax.trace(options.momentum, nesterov=options.nesterov))
     transforms.append(optax.scale_by_learning_rate(schedule))
+    if scalar_rate != 1.0:
+        scalars = jax.tree.map(lambda leaf: leaf.ndim == 0, params)
+        transforms.append(optax.masked(optax.scale(scalar_rate), scalars))
     if any(jax.tree.leaves(weight_mean_mask)):
         transforms.append(project_weight_mean(weight_mean_mask))
     return optax.chain(*transforms)

@@ -108,7 +108,13 @@ def set_up(config: ConfigDict) -> Experiment:
     epoch_steps = math.ceil(train_data.steps(config.epochs))
     schedule = make_schedule(config, train_data.steps, epoch_steps)
     abstract_params, _ = jax.eval_shape(initial_values)
-    optimizer = make_optimizer(config, schedule, abstract_params, network.weight_mean_mask)
+    optimizer = make_optimizer(
+        config,
+        schedule,
+        abstract_params,
+        network.weight_mean_mask,
+        scalar_rate=method.scalar_rate,
+    )
 
     def create_initial() -> TrainState:
         return create_state(initial_values, optimizer, ema=config.optimizer.ema_decay > 0)

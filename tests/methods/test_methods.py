@@ -249,6 +249,7 @@ class TestFixup:
         ("mimicnorm", {"weight_mean": "twice"}, "reparameterized, projected"),
         ("mimicnorm", {"residual_init": "zero"}, "inverse_sqrt, inverse"),
         ("mimicnorm", {"min_fan_in": 0}, "at least 1"),
+        ("fixup", {"scalar_rate": 0.0}, "scalar_rate must be positive"),
         ("nonorm", {"weight_mean": "projected"}, "weight_mean"),
     ],
 )

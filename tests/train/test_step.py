@@ -164,6 +164,17 @@ def test_the_same_images_are_augmented_differently_in_every_step(tiny_config):
     assert len({round(loss, 5) for loss in losses}) == 3
 
 
+def test_fixup_trains_its_scalars_at_a_tenth_of_the_rate(tiny_config):
+    def moved(**options):
+        config = tiny_config(method="fixup", learning_rate=0.02, **options)
+        classifier = train(config, 2).state.params["classifier"]
+        return abs(classifier["dense"]["kernel"]).max().item(), abs(classifier["bias_in"]).item()
+
+    slow, fast = moved(), moved(method_options__scalar_rate=1.0)
+    assert slow[0] == pytest.approx(fast[0], rel=0.05) and slow[0] > 0
+    assert slow[1] == pytest.approx(fast[1] / 10, rel=0.1)
+
+
 def normalized(experiment):
     train_images = experiment.train_data.source.images / 255.0
     images = experiment.test_data.source.images / 255.0
