@@ -141,7 +141,11 @@ def test_a_wrong_input_gets_one_line_and_exit_code_2_and_writes_nothing(case, ba
         arguments = [f"--config={fill(case.config)}", *arguments]
     if case.workdir is not None:
         arguments.append(f"--workdir={fill(case.workdir)}")
-    result = run_main(*arguments, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+    result = run_main(
+        *arguments,
+        XLA_FLAGS="--xla_force_host_platform_device_count=4",
+        PYTHONDONTWRITEBYTECODE="1",  # of the config files, which is Python's doing
+    )
     lines = result.stderr.strip().splitlines()
     assert result.returncode == 2, result.stderr
     assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
