@@ -13,6 +13,11 @@ from mimicnorm_jax.layers.weight_mean import (
     stable_normal,
     stable_variance,
 )
+from mimicnorm_jax.layers.weight_standardization import (
+    WeightStandardizedConv,
+    WeightStandardizedDense,
+    standardize_kernel,
+)
 
 __all__ = [
     "Dropout",
@@ -22,11 +27,14 @@ __all__ = [
     "WeightMean",
     "WeightMeanConv",
     "WeightMeanDense",
+    "WeightStandardizedConv",
+    "WeightStandardizedDense",
     "center_kernel",
     "cross_entropy",
     "last_bn_cross_entropy",
     "project_weight_mean",
     "stable_normal",
     "stable_variance",
+    "standardize_kernel",
     "weight_mean_mask",
 ]

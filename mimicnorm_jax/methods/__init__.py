@@ -16,6 +16,8 @@ from mimicnorm_jax.methods.base import Branch, Function, Method, Site
 from mimicnorm_jax.methods.batchnorm import BatchNorm
 from mimicnorm_jax.methods.fixup import Fixup
 from mimicnorm_jax.methods.mimicnorm import LastBNOnly, MimicNorm, WeightMeanOnly
+from mimicnorm_jax.methods.skipinit import SkipInit
+from mimicnorm_jax.methods.weightstandardization import WeightStandardization
 
 __all__ = [
     "METHODS",
@@ -27,13 +29,18 @@ __all__ = [
     "Method",
     "MimicNorm",
     "Site",
+    "SkipInit",
     "WeightMeanOnly",
+    "WeightStandardization",
     "create_method",
 ]
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (MimicNorm, BatchNorm, Method, WeightMeanOnly, LastBNOnly, Fixup)
+    for method in (
+        *(MimicNorm, BatchNorm, Method, WeightMeanOnly, LastBNOnly),
+        *(Fixup, SkipInit, WeightStandardization),
+    )
 }
 
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from mimicnorm_jax.errors import UserError, unknown
 from mimicnorm_jax.methods import METHODS, Method, create_method
-from mimicnorm_jax.models import mlp, resnet, vgg
+from mimicnorm_jax.models import mlp, resnet, shufflenet, squeezenet, vgg
 from mimicnorm_jax.precision import resolve_precision
 
 NETWORKS: dict[str, Callable[..., nnx.Module]] = {
@@ -20,6 +20,11 @@ NETWORKS: dict[str, Callable[..., nnx.Module]] = {
     **{name: functools.partial(vgg.VGG, layers) for name, layers in vgg.STAGE_LAYERS.items()},
     **{
         name: functools.partial(resnet.ResNet, variant) for name, variant in resnet.VARIANTS.items()
+    },
+    "squeezenet": squeezenet.SqueezeNet,
+    **{
+        name: functools.partial(shufflenet.ShuffleNetV2, features)
+        for name, features in shufflenet.VARIANTS.items()
     },
 }
 BRANCHED = frozenset(resnet.VARIANTS)

@@ -12,14 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mimicnorm_jax.errors import UserError, unknown
+from mimicnorm_jax.errors import unknown
 from mimicnorm_jax.methods import Branch, Method, Site
 from mimicnorm_jax.models.pooling import global_average_pool, max_pool
+from mimicnorm_jax.models.stem import check_image_size, resolve_stem
 from mimicnorm_jax.models.unit import ConvUnit
 
-STEMS = ("auto", "small", "large")
 SHORTCUTS = ("auto", "identity", "projection")
-LARGE_STEM_FROM = 96  # pixels; below it a stem of stride 4 leaves too little of the image
 
 
 class Variant(NamedTuple):
@@ -176,22 +175,13 @@ class ResNet(nnx.Module):
         shortcut: str = "auto",
         rngs: nnx.Rngs,
     ):
-        if stem not in STEMS:
-            raise unknown("stem", stem, STEMS)
         if shortcut not in SHORTCUTS:
             raise unknown("shortcut", shortcut, SHORTCUTS)
-        if stem == "auto":
-            stem = variant.stem
-        if stem == "auto":
-            stem = "large" if image_size >= LARGE_STEM_FROM else "small"
+        stem = resolve_stem(variant.stem if stem == "auto" else stem, image_size)
         if shortcut == "auto":
             shortcut = variant.shortcut
         total_stride = 2 ** (len(variant.blocks) - 1) * (4 if stem == "large" else 1)
-        if image_size < total_stride:
-            raise UserError(
-                f"image size {image_size} is too small for this resnet with a {stem} stem: "
-                f"its total stride is {total_stride}"
-            )
+        check_image_size(image_size, total_stride, stem)
         features = max(1, round(variant.features[0] * width))
         kernel, strides = (7, 2) if stem == "large" else (3, 1)
         self.stem = ConvUnit(

@@ -13,7 +13,8 @@ class ConvUnit(nnx.Module):
 
     Args:
       method: what normalizes the network.
-      in_features, out_features, kernel_size, strides, padding: of the convolution.
+      in_features, out_features, kernel_size, strides, padding, feature_group_count: of
+        the convolution.
       site: where the unit stands in the network.
       activate: False leaves the activation to the caller, as at a branch's end.
       rngs: for the initial values.
@@ -29,6 +30,7 @@ class ConvUnit(nnx.Module):
         site: Site,
         strides: int = 1,
         padding: int = 0,
+        feature_group_count: int = 1,
         activate: bool = True,
         rngs: nnx.Rngs,
     ):
@@ -39,6 +41,7 @@ class ConvUnit(nnx.Module):
             site=site,
             strides=strides,
             padding=padding,
+            feature_group_count=feature_group_count,
             rngs=rngs,
         )
         self.norm = method.norm(out_features, site=site, rngs=rngs)

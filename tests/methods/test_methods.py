@@ -11,7 +11,13 @@ from flax import nnx
 
 import mimicnorm_jax.models
 from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.layers import LastBN, WeightMeanConv, WeightMeanDense
+from mimicnorm_jax.layers import (
+    LastBN,
+    WeightMeanConv,
+    WeightMeanDense,
+    WeightStandardizedConv,
+    WeightStandardizedDense,
+)
 from mimicnorm_jax.methods import METHODS, Method, create_method
 from mimicnorm_jax.models import BRANCHED, NETWORKS, create_model
 
@@ -52,6 +58,9 @@ ACTIVATIONS = {
     "mlp": 2,
     **{f"vgg{depth}": depth - 1 for depth in (11, 13, 16, 19)},
     **{f"resnet{depth}": depth - 1 for depth in (18, 34, 50, 101, 152, 8, 20, 32, 44, 56, 110)},
+    "squeezenet": 1 + 8 * 3,
+    # stem, 3 units of stride 2, 13 of stride 1, last convolution
+    **{f"shufflenetv2_x{size}": 1 + 3 * 3 + 13 * 2 + 1 for size in ("0_5", "1_0", "1_5", "2_0")},
 }
 
 
@@ -81,7 +90,14 @@ def test_a_method_can_replace_every_activation(network, monkeypatch):
 @pytest.mark.parametrize(
     ("network", "centred"),
     # all convolutions whose fan-in is above 50: not the 3-channel 3x3 stem
-    [("vgg11", 7), ("vgg16", 12), ("resnet18", 19), ("resnet50", 52), ("resnet20", 18), ("mlp", 2)],
+    [
+        *(("vgg11", 7), ("vgg16", 12), ("resnet18", 19), ("resnet50", 52), ("resnet20", 18)),
+        ("mlp", 2),
+        # all squeezing and all 3x3 convolutions, and the last 2 modules' expanding 1x1s
+        ("squeezenet", 8 + 8 + 2),
+        # the 1x1 convolutions of 24 units' halves, but for the fan-ins of 24, and the last
+        ("shufflenetv2_x1_0", 13 * 2 + 3 * 3 - 2 + 1),
+    ],
 )
 def test_the_centred_layers_are_those_with_a_fan_in_above_50(network, centred):
     model = nnx.eval_shape(lambda: make(network, "mimicnorm", width=1.0))
@@ -234,15 +250,52 @@ class TestFixup:
         classifier.bias_in[...] = jnp.float32(0.5)
         np.testing.assert_allclose(classifier(features), 0.5 * features.size)
 
+    @pytest.mark.parametrize("method", ["fixup", "skipinit"])
     @pytest.mark.parametrize("network", sorted(set(NETWORKS) - BRANCHED))
-    def test_a_network_without_branches_is_an_error_that_lists_what_fits(self, network):
+    def test_a_network_without_branches_is_an_error_that_lists_what_fits(self, network, method):
         with pytest.raises(UserError, match=r"residual branches.*mimicnorm"):
-            make(network, "fixup")
+            make(network, method)
+
+
+@pytest.mark.parametrize("network", ["resnet20", "resnet50"])
+def test_skipinit_starts_as_the_shortcuts_alone(network):
+    """De and Smith 2020: the scalar at the end of each branch starts at 0."""
+    model = make(network, "skipinit")
+    x = model.stem(jax.random.normal(jax.random.key(0), (2, 32, 32, 3)))
+    for block in model.blocks:
+        branch = x
+        for unit in block.branch[:-1]:
+            branch = unit(branch)
+        assert jnp.max(jnp.abs(branch)) > 0.1  # only the scalar is 0
+        end = block.branch[-1].conv
+        assert end.scale[...] == 0.0 and jnp.std(end.kernel[...]) > 0
+        np.testing.assert_array_equal(block.branch[-1](branch), 0.0)
+        x = block(x)
+    assert not modules(model, (WeightMeanConv, LastBN, nnx.BatchNorm))
+
+
+def test_weight_standardization_standardizes_every_convolution_and_normalizes_groups():
+    model = make("resnet20", "weightstandardization", width=1.0)
+    layers, norms = modules(model, WeightStandardizedConv), modules(model, nnx.GroupNorm)
+    assert len(layers) == len(norms) == 19
+    for layer in layers:
+        kernel = layer.effective_kernel()
+        np.testing.assert_allclose(kernel.mean((0, 1, 2)), 0.0, atol=1e-5)
+        np.testing.assert_allclose(kernel.std((0, 1, 2)), 1.0, rtol=0.05)
+        assert layer.bias is None
+    assert {norm.num_groups for norm in norms} == {16, 32}  # 16, 32 and 64 features
+    x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+    layer = model.stem.conv
+    scaled = layer(x)
+    layer.kernel[...] = 7.0 * layer.kernel[...] + 3.0
+    np.testing.assert_allclose(layer(x), scaled, rtol=1e-2, atol=1e-2)  # what makes it one
+    assert len(modules(make("mlp", "weightstandardization"), WeightStandardizedDense)) == 2
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
+        ("weightstandardization", {"groups": 0}, "groups must be at least 1"),
         ("mimicnrom", {}, "did you mean 'mimicnorm'"),
         ("batchnorm", {"bn_sink": "local"}, "bn_sync"),
         ("batchnorm", {"bn_sync": "some"}, "local, global"),

@@ -10,6 +10,7 @@ from mimicnorm_jax.methods import METHODS, create_method
 from mimicnorm_jax.models import BRANCHED, NETWORKS, create_model
 from mimicnorm_jax.models.pooling import max_pool
 from mimicnorm_jax.models.resnet import identity_shortcut
+from mimicnorm_jax.models.shufflenet import interleave
 
 
 def count_parameters(network, method, **options):
@@ -27,12 +28,21 @@ PUBLISHED = {
     "resnet152": 60_192_808,
     "vgg11": 132_866_088,
     "vgg16": 138_361_768,
+    "shufflenetv2_x0_5": 1_366_792,
+    "shufflenetv2_x1_0": 2_278_604,
+    "shufflenetv2_x1_5": 3_503_624,
+    "shufflenetv2_x2_0": 7_393_996,
 }
 
 
 @pytest.mark.parametrize(("network", "parameters"), PUBLISHED.items())
 def test_parameter_counts_are_the_published_ones(network, parameters):
     assert count_parameters(network, "batchnorm", num_classes=1000, image_size=224) == parameters
+
+
+def test_squeezenet_with_biases_and_without_norms_is_the_published_one():
+    count = count_parameters("squeezenet", "nonorm", num_classes=1000, image_size=224)
+    assert count == 1_248_424
 
 
 def test_vgg_with_convolution_biases_and_the_thin_resnet_are_the_published_ones():
@@ -44,9 +54,10 @@ def test_vgg_with_convolution_biases_and_the_thin_resnet_are_the_published_ones(
     assert count_parameters("resnet20", "batchnorm", **thin) == pytest.approx(0.27e6, rel=0.01)
 
 
+SHUFFLENET = "shufflenetv2_x0_5"
 MADE_FOR_EACH_OTHER = [
     (network, method)
-    for network in ("mlp", "vgg11", "resnet18", "resnet50", "resnet20")
+    for network in ("mlp", "vgg11", "resnet18", "resnet50", "resnet20", "squeezenet", SHUFFLENET)
     for method in METHODS
     if network in BRANCHED or not METHODS[method].needs_branches
 ]
@@ -120,6 +131,36 @@ def test_the_identity_shortcut_subsamples_and_pads_with_zero_channels():
     np.testing.assert_array_equal(y[..., 4:], 0.0)
 
 
+def test_a_shuffle_unit_interleaves_its_halves_and_passes_one_through():
+    a, b = jnp.arange(24.0).reshape(2, 2, 2, 3), -jnp.arange(24.0).reshape(2, 2, 2, 3)
+    shuffled = jnp.concatenate([a, b], -1).reshape(2, 2, 2, 2, 3).swapaxes(-1, -2)
+    np.testing.assert_array_equal(interleave(a, b), shuffled.reshape(2, 2, 2, 6))
+
+    model = create_model(
+        SHUFFLENET, method="nonorm", num_classes=3, image_size=32, rngs=nnx.Rngs(0)
+    )
+    assert [unit.shortcut is not None for unit in model.units] == [
+        index in (0, 4, 12) for index in range(16)
+    ]
+    x = jax.random.normal(jax.random.key(0), (1, 4, 4, 48))
+    np.testing.assert_array_equal(model.units[1](x)[..., ::2], x[..., :24])
+
+
+def test_squeezenet_bypasses_modules_3_5_and_7():
+    model = create_model(
+        "squeezenet", method="nonorm", num_classes=3, image_size=32, rngs=nnx.Rngs(0)
+    )
+    assert [fire.merge is not None for fire in model.fires] == [
+        number in (3, 5, 7) for number in range(2, 10)
+    ]
+    fire = model.fires[1]
+    x = nnx.relu(jax.random.normal(jax.random.key(0), (1, 4, 4, 128)))
+    bypassed = fire(x)
+    fire.merge = None
+    np.testing.assert_allclose(bypassed, x + fire(x), rtol=1e-6)
+    assert bypassed.shape == x.shape
+
+
 def test_the_stride_of_a_bottleneck_is_in_its_3x3_convolution():
     model = nnx.eval_shape(
         lambda: create_model(
@@ -174,6 +215,8 @@ def test_the_stem_follows_the_image_size_unless_told():
         ("vgg11", {"image_size": 48}, "multiple of 32, got 48"),
         ("resnet18", {"image_size": 4}, "too small"),
         ("resnet20", {"image_size": 2}, "too small"),
+        ("squeezenet", {"image_size": 4}, "too small"),
+        ("shufflenetv2_x1_0", {"image_size": 16, "stem": "large"}, "its total stride is 32"),
         ("mlp", {"depth": 1}, "depth >= 2"),
         ("resnet20", {"width": 0.0}, "width must be positive"),
         ("resnet20", {"num_classes": 0}, "num_classes must be positive"),
