@@ -1,0 +1,1 @@
+"""Programs beside ``mimicnorm_jax.main``."""

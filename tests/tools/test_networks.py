@@ -1,0 +1,20 @@
+import pytest
+
+from mimicnorm_jax.tools.networks import TITLES, measure, table_line
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize("network", ["resnet18", "squeezenet", "shufflenetv2_x0_5"])
+def test_the_table_of_the_readme_is_what_the_tool_prints(network):
+    readme = (ROOT / "README.md").read_text()
+    assert "| " + " | ".join(TITLES) + " |" in readme
+    assert table_line(network, image_size=224, num_classes=1000) in readme
+
+
+def test_a_row_counts_parameters_flops_and_layers():
+    row = measure("mlp", "mimicnorm", image_size=4, num_classes=10)
+    plain = measure("mlp", "nonorm", image_size=4, num_classes=10)
+    products = 4 * 4 * 3 * 256 + 256 * 256 + 256 * 10
+    assert row.parameters == products + 2 * 256  # no bias before the last BN
+    assert plain.flops == pytest.approx(2 * products, rel=0.02)
+    assert (row.centred, row.layers) == (1, 3)  # the first fan-in is 48
