@@ -18,10 +18,9 @@ from mimicnorm_jax.config import FIELDS, validate
 from mimicnorm_jax.errors import NonFiniteError, UserError, unknown
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration, a Python file.")
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "The run's folder; default: runs/<config>-<method>-s<seed>."
-)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/<config>-<method>-s<seed>.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate a run.")
+_RECALIBRATE = flags.DEFINE_bool("recalibrate", False, "Evaluate with exact last-BN statistics.")
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -46,6 +45,8 @@ def _parse(argv: list[str]) -> list[str]:
         raise UserError("--config is missing; for example --config configs/digits_resnet20.py")
     if _WORKDIR.value == "":
         raise UserError("--workdir= is empty; leave it out for runs/<config>-<method>-s<seed>")
+    if _RECALIBRATE.value and _MODE.value != "eval":
+        raise UserError("--recalibrate goes with --mode=eval; training always reports it")
     if rest[1:]:
         raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
     return rest
@@ -61,7 +62,7 @@ def _run(_: list[str]) -> None:
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     folder = pathlib.Path(_WORKDIR.value or workdir.default_workdir(config, path))
     if _MODE.value == "eval":
-        print(json.dumps(loop.evaluate_run(config, folder), indent=2))
+        print(json.dumps(loop.evaluate_run(config, folder, exact=_RECALIBRATE.value), indent=2))
     else:
         loop.train(config, folder)
 

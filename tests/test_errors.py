@@ -28,6 +28,7 @@ CASES = {
     "unknown nested field": Case(["--config.data.dri=x"], "did you mean '--config.data.dir'"),
     "unknown flag": Case(["--wrkdir=x"], "Unknown command line flag 'wrkdir'"),
     "unknown mode": Case(["--mode=test"], "--mode=test"),
+    "recalibration while training": Case(["--recalibrate"], "goes with --mode=eval"),
     "stray argument": Case(["epochs=3"], "unexpected argument 'epochs=3'"),
     "not a number": Case(["--config.epochs=many"], "--config.epochs=many"),
     "out of range": Case(

@@ -54,6 +54,10 @@ class LastBN(nnx.Module):
       axis_name: mapped axis (``shard_map``, ``pmap``, ``vmap``) over whose members the
         statistics are averaged, so that they are those of the global batch.
       param_dtype: type of the running averages.
+
+    Attributes:
+      mean, var: the running averages ``(C,)``.
+      pass_through: False; True returns the logits as they are, to measure them.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class LastBN(nnx.Module):
         self.momentum = momentum
         self.epsilon = epsilon
         self.axis_name = axis_name
+        self.pass_through = False
 
     def __call__(self, logits: jax.Array) -> jax.Array:
         """Normalizes ``(B, C)`` logits; returns at least float32.
@@ -80,6 +85,8 @@ class LastBN(nnx.Module):
           ValueError: a single example in training, whose variance is 0.
         """
         logits = logits.astype(at_least_float32(logits.dtype))
+        if self.pass_through:
+            return logits
         if self.use_running_average:
             mean, var = self.mean[...], self.var[...]
         else:

@@ -22,10 +22,11 @@ from mimicnorm_jax.data.pipeline import prefetch
 from mimicnorm_jax.errors import NonFiniteError, UserError
 from mimicnorm_jax.parallel import shard_batch
 from mimicnorm_jax.train.checkpoint import Checkpoints, latest_step
+from mimicnorm_jax.train.evaluation import evaluate, recalibrate
 from mimicnorm_jax.train.metrics import MetricsWriter, plot_curves, read_rows
 from mimicnorm_jax.train.progress import Progress, Throughput
 from mimicnorm_jax.train.setup import Experiment, set_up
-from mimicnorm_jax.train.state import TrainState, count_parameters, digest
+from mimicnorm_jax.train.state import count_parameters, digest
 from mimicnorm_jax.train.workdir import (
     DataIdentity,
     Summary,
@@ -77,12 +78,20 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> Summary | None:
         return _Loop(experiment, workdir, checkpoints).run()
 
 
-def evaluate_run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+def evaluate_run(
+    config: ConfigDict, workdir: pathlib.Path, *, exact: bool = False
+) -> dict[str, Any]:
     """Evaluates the latest and the best checkpoint of a run on the test split.
+
+    Args:
+      config: the configuration.
+      workdir: the run's folder.
+      exact: also with the last BN's statistics of the whole training split.
 
     Returns:
       ``latest`` and ``best``, each with ``step``, ``test_loss``, ``test_accuracy`` and
-      ``test_examples``; also written to ``eval.json`` in ``workdir``.
+      ``test_examples``, and the same as ``latest_recalibrated`` and ``best_recalibrated``
+      if asked for; also written to ``eval.json`` in ``workdir``.
 
     Raises:
       UserError: a wrong input, or a folder without checkpoints.
@@ -96,9 +105,13 @@ def evaluate_run(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
     with contextlib.closing(Checkpoints(directory, keep=config.keep_checkpoints)) as checkpoints:
         best, _ = checkpoints.restore_best(experiment.abstract_state)
         latest = checkpoints.restore_latest(experiment.abstract_state)
-    results = {"best": _evaluation_row(experiment, best)}
-    if latest is not None:
-        results["latest"] = _evaluation_row(experiment, latest[0])
+    states = {"best": best} | ({} if latest is None else {"latest": latest[0]})
+    if exact:
+        states |= {f"{name}_recalibrated": recalibrate(experiment, s) for name, s in states.items()}
+    results = {
+        name: {"step": int(state.step)} | evaluate(experiment, state)
+        for name, state in states.items()
+    }
     write_json(workdir / "eval.json", results)
     return results
 
@@ -118,32 +131,6 @@ def _check_run(experiment: Experiment, workdir: pathlib.Path) -> DataIdentity:
             f"{experiment.total_steps} of config.max_steps; choose another --workdir"
         )
     return data
-
-
-def _evaluation_row(experiment: Experiment, state: TrainState) -> dict[str, Any]:
-    return {"step": int(state.step)} | evaluate(experiment, state)
-
-
-def evaluate(experiment: Experiment, state: TrainState) -> dict[str, float]:
-    """Loss and accuracy over the whole test split, every example once.
-
-    Uses the averaged parameters where the run keeps them.
-
-    Returns:
-      ``test_loss``, ``test_accuracy`` (in [0, 1]) and ``test_examples``.
-    """
-    params = state.params if state.ema_params is None else state.ema_params
-    sums = collections.Counter[str]()
-    for batch in experiment.test_data.evaluation_batches():
-        metrics = experiment.eval_step(
-            params, state.batch_stats, shard_batch(batch, experiment.mesh)
-        )
-        sums.update({name: value.item() for name, value in metrics.items()})
-    return {
-        "test_loss": sums["loss"] / sums["count"],
-        "test_accuracy": sums["correct"] / sums["count"],
-        "test_examples": sums["count"],
-    }
 
 
 def _introduce(experiment: Experiment, workdir: pathlib.Path) -> None:
@@ -347,6 +334,11 @@ class _Loop:
 
     def _finish(self) -> Summary:
         evaluation = self._evaluation or evaluate(self._experiment, self._state)
+        recalibrated, exact_line = None, ""
+        if self._experiment.network.last_bn is not None:
+            exact = recalibrate(self._experiment, self._state)
+            recalibrated = evaluate(self._experiment, exact)["test_accuracy"]
+            exact_line = f"with exact last-BN statistics: {recalibrated:.4f}\n"
         losses = [r["train_loss"] for r in read_rows(self._workdir) if "train_loss" in r]
         config = self._config
         title = f"{config.network}, {config.method}, {config.data.name}"
@@ -366,6 +358,7 @@ class _Loop:
                 "images_per_second": self._throughput.total_rate(),
                 "final_test_accuracy": evaluation["test_accuracy"],
                 "final_test_loss": evaluation["test_loss"],
+                "final_test_accuracy_recalibrated": recalibrated,
                 "final_train_loss": losses[-1] if losses else None,
                 "test_examples": evaluation["test_examples"],
                 "state_sha256": digest(self._state),
@@ -379,6 +372,6 @@ class _Loop:
             f"final_test_accuracy {summary['final_test_accuracy']:.4f} "
             f"best_test_accuracy {summary['best_test_accuracy']:.4f} "
             f"after {summary['steps']} steps, {summary['seconds']:.0f} s\n"
-            f"curves: {picture}\nsummary: {self._workdir / 'summary.json'}"
+            f"{exact_line}curves: {picture}\nsummary: {self._workdir / 'summary.json'}"
         )
         return summary

@@ -21,7 +21,13 @@ from mimicnorm_jax.parallel import DATA_AXIS, check_batch_size, make_mesh, repli
 from mimicnorm_jax.precision import resolve_precision
 from mimicnorm_jax.train.optim import make_optimizer, make_schedule
 from mimicnorm_jax.train.state import Network, TrainState, create_state, split_network
-from mimicnorm_jax.train.step import EvalStep, TrainStep, make_eval_step, make_train_step
+from mimicnorm_jax.train.step import (
+    EvalStep,
+    TrainStep,
+    make_eval_step,
+    make_moments_step,
+    make_train_step,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +41,7 @@ class Experiment:
       train_data: training batches by step.
       test_data: the test split.
       total_steps: length of the run.
-      train_step, eval_step: compiled at their first call.
+      train_step, eval_step, moments_step: compiled at their first call.
       abstract_state: shapes, types and shardings of the state.
     """
 
@@ -47,6 +53,7 @@ class Experiment:
     total_steps: int
     train_step: TrainStep
     eval_step: EvalStep
+    moments_step: EvalStep
     abstract_state: TrainState
     _create: Any
 
@@ -140,6 +147,7 @@ def set_up(config: ConfigDict) -> Experiment:
             config, network, optimizer, schedule, mesh=mesh, precision=precision, **channel_values
         ),
         eval_step=make_eval_step(network, mesh=mesh, precision=precision, **channel_values),
+        moments_step=make_moments_step(network, mesh=mesh, precision=precision, **channel_values),
         abstract_state=jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             jax.eval_shape(create_initial),

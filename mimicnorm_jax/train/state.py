@@ -1,4 +1,4 @@
-"""The state of a run as plain pytrees, and the network as two static graphs."""
+"""The state of a run as plain pytrees, and the network as static graphs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from mimicnorm_jax.layers import weight_mean_mask
+from mimicnorm_jax.layers import LastBN, weight_mean_mask
 
 Tree = Any
 
@@ -37,6 +37,11 @@ class TrainState:
     opt_state: Tree
     ema_params: Tree = None
 
+    @property
+    def evaluated_params(self) -> Tree:
+        """The averaged parameters where they are kept, else the parameters."""
+        return self.params if self.ema_params is None else self.ema_params
+
 
 @dataclasses.dataclass(frozen=True)
 class Network:
@@ -45,11 +50,15 @@ class Network:
     Attributes:
       train_graph: static structure of the module in training mode.
       eval_graph: the same in evaluation mode.
+      measure_graph: the same in evaluation mode, without the last BN.
+      last_bn: path of the last BN's statistics in the batch statistics; None without one.
       weight_mean_mask: which parameters ``project_weight_mean`` keeps centred.
     """
 
     train_graph: nnx.GraphDef[Any]
     eval_graph: nnx.GraphDef[Any]
+    measure_graph: nnx.GraphDef[Any]
+    last_bn: tuple[Any, ...] | None
     weight_mean_mask: Tree
 
     def apply_train(
@@ -64,6 +73,16 @@ class Network:
     def apply_eval(self, params: Tree, batch_stats: Tree, images: jax.Array) -> jax.Array:
         """Logits ``(B, num_classes)`` with the running statistics."""
         return nnx.merge(self.eval_graph, params, batch_stats, copy=True)(images)
+
+    def apply_measure(self, params: Tree, batch_stats: Tree, images: jax.Array) -> jax.Array:
+        """Logits ``(B, num_classes)`` as they reach the last BN."""
+        return nnx.merge(self.measure_graph, params, batch_stats, copy=True)(images)
+
+    def last_bn_statistics(self, batch_stats: Tree) -> dict[str, jax.Array]:
+        """The last BN's ``mean`` and ``var`` ``(num_classes,)``: a part of ``batch_stats``."""
+        for key in self.last_bn or ():
+            batch_stats = batch_stats[key]
+        return batch_stats
 
 
 def split_network(create: Callable[[], nnx.Module]) -> tuple[Network, Callable[[], Any]]:
@@ -81,7 +100,12 @@ def split_network(create: Callable[[], nnx.Module]) -> tuple[Network, Callable[[
     # raises if the module has any state beside these two kinds
     train_graph = nnx.split(abstract, nnx.Param, nnx.BatchStat)[0]
     abstract.eval()
-    network = Network(train_graph, nnx.graphdef(abstract), mask)
+    eval_graph = nnx.graphdef(abstract)
+    last_bn = None
+    for path, module in nnx.iter_modules(abstract):
+        if isinstance(module, LastBN):
+            last_bn, module.pass_through = path, True
+    network = Network(train_graph, eval_graph, nnx.graphdef(abstract), last_bn, mask)
 
     def initial_values() -> tuple[Tree, ...]:
         model = create()

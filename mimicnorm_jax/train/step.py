@@ -130,5 +130,41 @@ def make_eval_step(
         }
         return lax.psum(sums, DATA_AXIS)
 
+    return _mapped_over_batch(local_step, mesh)
+
+
+def make_moments_step(
+    network: Network,
+    *,
+    mesh: Mesh,
+    precision: Precision,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> EvalStep:
+    """Compiles the moments of the logits that reach the last BN, over one batch.
+
+    Returns:
+      ``step(params, batch_stats, batch) -> moments``: of the batch's real examples,
+      ``count`` (), and the sums ``first`` and ``second`` ``(num_classes,)`` of the
+      differences from the running mean, and of their squares.
+    """
+
+    def local_step(params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> Metrics:
+        images = normalize(batch["image"], mean=mean, std=std, dtype=precision.param_dtype)
+        logits = network.apply_measure(params, batch_stats, images.astype(precision.dtype))
+        # From a point near the mean, so that the variance does not cancel.
+        differences = logits - network.last_bn_statistics(batch_stats)["mean"][None]
+        differences = jnp.where(batch["mask"][:, None] > 0, differences, 0.0)
+        sums = {
+            "count": jnp.sum(batch["mask"] > 0),
+            "first": jnp.sum(differences, axis=0),
+            "second": jnp.sum(jnp.square(differences), axis=0),
+        }
+        return lax.psum(sums, DATA_AXIS)
+
+    return _mapped_over_batch(local_step, mesh)
+
+
+def _mapped_over_batch(local_step: EvalStep, mesh: Mesh) -> EvalStep:
     mapped = jax.shard_map(local_step, mesh=mesh, in_specs=(P(), P(), P(DATA_AXIS)), out_specs=P())
     return jax.jit(mapped)

@@ -61,10 +61,13 @@ def test_a_run_leaves_what_is_promised(finished):
     assert training[0]["learning_rate"] == pytest.approx(0.1 * 4 / 22, rel=0.01)  # of step 4
 
     # evaluating the folder again finds the same numbers
-    results = evaluate_run(config, workdir)
+    results = evaluate_run(config, workdir, exact=True)
     assert results["latest"]["step"] == 90
     assert results["latest"]["test_accuracy"] == summary["final_test_accuracy"]
     assert results["best"]["test_accuracy"] == summary["best_test_accuracy"]
+    exact = results["latest_recalibrated"]["test_accuracy"]
+    assert exact == summary["final_test_accuracy_recalibrated"] > 0.5
+    assert f"with exact last-BN statistics: {exact:.4f}" in output
     assert json.loads((workdir / "eval.json").read_text()) == results
 
     # the saved state is the digest's
@@ -237,7 +240,8 @@ def test_where_no_checkpoint_can_be_read_nothing_is_touched(tiny_config, tmp_pat
 
 
 def test_the_best_checkpoint_is_kept_beside_the_latest(tiny_config, tmp_path, monkeypatch):
-    accuracies = iter([0.2, 0.9, 0.3, 0.4, 0.5])
+    at_end = 0.1  # each call of train ends with another one, with exact statistics
+    accuracies = iter([0.2, 0.9, 0.3, at_end, 0.4, 0.5, at_end])
     monkeypatch.setattr(
         loop,
         "evaluate",

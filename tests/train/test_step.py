@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from mimicnorm_jax.parallel import shard_batch
-from mimicnorm_jax.train.loop import evaluate
+from mimicnorm_jax.train.evaluation import evaluate
 from mimicnorm_jax.train.setup import Experiment, set_up
 from mimicnorm_jax.train.state import TrainState
 
