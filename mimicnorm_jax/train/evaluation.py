@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
+import sys
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
+from mimicnorm_jax.data.pipeline import Pipeline
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.parallel import shard_batch
 from mimicnorm_jax.train.setup import Experiment
 from mimicnorm_jax.train.state import TrainState
+
+
+def _batches(experiment: Experiment, split: Pipeline, description: str) -> Iterator[Any]:
+    """The whole split in order, on the devices, with its progress on a terminal."""
+    yield from tqdm(
+        (shard_batch(batch, experiment.mesh) for batch in split.evaluation_batches()),
+        description,
+        math.ceil(split.steps(1)),
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    )
 
 
 def evaluate(experiment: Experiment, state: TrainState) -> dict[str, float]:
@@ -24,10 +41,8 @@ def evaluate(experiment: Experiment, state: TrainState) -> dict[str, float]:
       ``test_loss``, ``test_accuracy`` (in [0, 1]) and ``test_examples``.
     """
     sums = collections.Counter[str]()
-    for batch in experiment.test_data.evaluation_batches():
-        metrics = experiment.eval_step(
-            state.evaluated_params, state.batch_stats, shard_batch(batch, experiment.mesh)
-        )
+    for batch in _batches(experiment, experiment.test_data, "evaluating"):
+        metrics = experiment.eval_step(state.evaluated_params, state.batch_stats, batch)
         sums.update({name: value.item() for name, value in metrics.items()})
     return {
         "test_loss": sums["loss"] / sums["count"],
@@ -56,11 +71,9 @@ def recalibrate(experiment: Experiment, state: TrainState) -> TrainState:
             "recalibrated"
         )
     count, first, second = 0, np.zeros(()), np.zeros(())
-    for batch in experiment.train_data.evaluation_batches():
+    for batch in _batches(experiment, experiment.train_data, "recalibrating"):
         moments = jax.device_get(
-            experiment.moments_step(
-                state.evaluated_params, state.batch_stats, shard_batch(batch, experiment.mesh)
-            )
+            experiment.moments_step(state.evaluated_params, state.batch_stats, batch)
         )
         count += int(moments["count"])
         first = first + moments["first"].astype(np.float64)
