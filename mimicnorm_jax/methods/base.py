@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import ClassVar, Literal
@@ -107,18 +108,29 @@ class Method:
           rngs: for the initial values.
         """
         fan_in = math.prod(kernel_size) * in_features // feature_group_count
-        return nnx.Conv(
+        return self.conv_layer(fan_in, site)(
             in_features,
             out_features,
             kernel_size,
             strides,
             padding=padding,
             feature_group_count=feature_group_count,
-            use_bias=self.use_bias(site),
-            kernel_init=stable_normal(fan_in, centered=False, after_relu=site.after_relu),
             dtype=self.precision.dtype,
             param_dtype=self.precision.param_dtype,
             rngs=rngs,
+        )
+
+    def conv_layer(self, fan_in: int, site: Site) -> Callable[..., Function]:
+        """The kind of convolution at ``site``: what makes it, given ``nnx.Conv``'s arguments.
+
+        Args:
+          fan_in: number of weights of one output channel.
+          site: where the convolution stands in the network.
+        """
+        return functools.partial(
+            nnx.Conv,
+            use_bias=self.use_bias(site),
+            kernel_init=stable_normal(fan_in, centered=False, after_relu=site.after_relu),
         )
 
     def dense(self, in_features: int, out_features: int, *, site: Site, rngs: nnx.Rngs) -> Function:

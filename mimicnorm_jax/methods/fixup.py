@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -64,40 +63,23 @@ class Fixup(Method):
 
     scalar_rate: float = 0.1
 
-    def conv(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: tuple[int, int],
-        *,
-        site: Site,
-        strides: int = 1,
-        padding: int = 0,
-        feature_group_count: int = 1,
-        rngs: nnx.Rngs,
-    ) -> Function:
-        fan_in = math.prod(kernel_size) * in_features // feature_group_count
-        ends_branch = site.role == "branch_end"
-        conv = ScaledConv(
-            in_features,
-            out_features,
-            kernel_size,
-            strides,
-            padding=padding,
-            feature_group_count=feature_group_count,
-            use_bias=False,
-            scale=1.0 if ends_branch else None,
-            kernel_init=self._kernel_init(fan_in, site),
-            dtype=self.precision.dtype,
-            param_dtype=self.precision.param_dtype,
-            rngs=rngs,
-        )
-        return _FixupConv(
-            conv,
-            bias_in=site.role != "stem",
-            bias_out=site.role != "shortcut",
-            param_dtype=self.precision.param_dtype,
-        )
+    def conv_layer(self, fan_in: int, site: Site) -> Callable[..., Function]:
+        def create(*args: Any, **kwargs: Any) -> Function:
+            conv = ScaledConv(
+                *args,
+                use_bias=False,
+                scale=1.0 if site.role == "branch_end" else None,
+                kernel_init=self._kernel_init(fan_in, site),
+                **kwargs,
+            )
+            return _FixupConv(
+                conv,
+                bias_in=site.role != "stem",
+                bias_out=site.role != "shortcut",
+                param_dtype=self.precision.param_dtype,
+            )
+
+        return create
 
     def _kernel_init(self, fan_in: int, site: Site) -> Callable[..., jax.Array]:
         if site.role == "branch_end":

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal, get_args
 
 from flax import nnx
@@ -76,43 +77,26 @@ class MimicNorm(Method):
         options: dict[str, Any] = {
             "use_bias": self.use_bias(site),
             "scale": self.residual_scale(site),
-            "dtype": self.precision.dtype,
-            "param_dtype": self.precision.param_dtype,
         }
         if self.centers(fan_in, site):
             return options | {"weight_mean": self.weight_mean, "after_relu": site.after_relu}
         kernel_init = stable_normal(fan_in, centered=False, after_relu=site.after_relu)
         return options | {"kernel_init": kernel_init}
 
-    def conv(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: tuple[int, int],
-        *,
-        site: Site,
-        strides: int = 1,
-        padding: int = 0,
-        feature_group_count: int = 1,
-        rngs: nnx.Rngs,
-    ) -> Function:
-        fan_in = math.prod(kernel_size) * in_features // feature_group_count
+    def conv_layer(self, fan_in: int, site: Site) -> Callable[..., Function]:
         layer = WeightMeanConv if self.centers(fan_in, site) else ScaledConv
-        return layer(
-            in_features,
-            out_features,
-            kernel_size,
-            strides,
-            padding=padding,
-            feature_group_count=feature_group_count,
-            rngs=rngs,
-            **self._layer_options(fan_in, site),
-        )
+        return functools.partial(layer, **self._layer_options(fan_in, site))
 
     def dense(self, in_features: int, out_features: int, *, site: Site, rngs: nnx.Rngs) -> Function:
         layer = WeightMeanDense if self.centers(in_features, site) else ScaledDense
-        options = self._layer_options(in_features, site)
-        return layer(in_features, out_features, rngs=rngs, **options)
+        return layer(
+            in_features,
+            out_features,
+            dtype=self.precision.dtype,
+            param_dtype=self.precision.param_dtype,
+            rngs=rngs,
+            **self._layer_options(in_features, site),
+        )
 
     def min_batch_size(self, num_devices: int) -> int:
         return 2 if self.has_last_bn else 1

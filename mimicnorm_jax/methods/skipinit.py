@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
+from collections.abc import Callable
 from typing import ClassVar
-
-from flax import nnx
 
 from mimicnorm_jax.layers import ScaledConv, stable_normal
 from mimicnorm_jax.methods.base import Function, Method, Site
@@ -24,29 +23,9 @@ class SkipInit(Method):
     name: ClassVar[str] = "skipinit"
     needs_branches: ClassVar[bool] = True
 
-    def conv(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: tuple[int, int],
-        *,
-        site: Site,
-        strides: int = 1,
-        padding: int = 0,
-        feature_group_count: int = 1,
-        rngs: nnx.Rngs,
-    ) -> Function:
-        fan_in = math.prod(kernel_size) * in_features // feature_group_count
-        return ScaledConv(
-            in_features,
-            out_features,
-            kernel_size,
-            strides,
-            padding=padding,
-            feature_group_count=feature_group_count,
+    def conv_layer(self, fan_in: int, site: Site) -> Callable[..., Function]:
+        return functools.partial(
+            ScaledConv,
             scale=0.0 if site.role == "branch_end" else None,
             kernel_init=stable_normal(fan_in, centered=False, after_relu=site.after_relu),
-            dtype=self.precision.dtype,
-            param_dtype=self.precision.param_dtype,
-            rngs=rngs,
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from flax import nnx
@@ -40,29 +42,8 @@ class WeightStandardization(Method):
     def _types(self) -> dict[str, Any]:
         return {"dtype": self.precision.dtype, "param_dtype": self.precision.param_dtype}
 
-    def conv(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: tuple[int, int],
-        *,
-        site: Site,
-        strides: int = 1,
-        padding: int = 0,
-        feature_group_count: int = 1,
-        rngs: nnx.Rngs,
-    ) -> Function:
-        return WeightStandardizedConv(
-            in_features,
-            out_features,
-            kernel_size,
-            strides,
-            padding=padding,
-            feature_group_count=feature_group_count,
-            use_bias=False,
-            rngs=rngs,
-            **self._types(),
-        )
+    def conv_layer(self, fan_in: int, site: Site) -> Callable[..., Function]:
+        return functools.partial(WeightStandardizedConv, use_bias=False)
 
     def dense(self, in_features: int, out_features: int, *, site: Site, rngs: nnx.Rngs) -> Function:
         if not self._normalizes(site):
