@@ -121,6 +121,7 @@ FIELDS: dict[str, Field] = {
     "method_options.min_fan_in": Field(None, "mimicnorm: layers with a fan-in above this are centred (unset: 50).", **_at_least(1), kind=int),
     "method_options.center_dense": Field(None, "mimicnorm: centre the dense layers before the classifier too.", **_true_or_false(), kind=bool),
     "method_options.residual_init": Field(None, "mimicnorm: residual scalar at the start, 1/sqrt(l) or 1/l.", ("inverse_sqrt", "inverse"), kind=str),
+    "method_options.gain": Field(None, "mimicnorm: factor of the initial standard deviation of layers whose input is not rectified: the stem, and 1x1 convolutions after depthwise ones (unset: 1).", **_above(0), kind=float),
     "method_options.groups": Field(None, "weightstandardization: groups of each GroupNorm (unset: 32).", **_at_least(1), kind=int),
     "method_options.scalar_rate": Field(None, "Learning rate of scalar parameters as a multiple of the others' (unset: 0.1 for fixup, else 1).", **_above(0), kind=float),
     "data.name": Field("digits", "The data set: scikit-learn's handwritten digits, images in class folders, random images with random labels, or a TFDS build.", DATA_SETS),

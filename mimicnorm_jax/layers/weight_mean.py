@@ -82,10 +82,12 @@ def stable_variance(fan_in: int, *, centered: bool, after_relu: bool) -> float:
     return (2.0 / (1.0 - 1.0 / math.pi) if after_relu else 1.0) / (fan_in - 1)
 
 
-def stable_normal(fan_in: int, *, centered: bool, after_relu: bool) -> Initializer:
-    """Normal initializer ``(key, shape, dtype)`` with ``stable_variance``."""
+def stable_normal(
+    fan_in: int, *, centered: bool, after_relu: bool, gain: float = 1.0
+) -> Initializer:
+    """Normal initializer ``(key, shape, dtype)`` with ``gain**2 * stable_variance``."""
     variance = stable_variance(fan_in, centered=centered, after_relu=after_relu)
-    return nnx.initializers.normal(math.sqrt(variance))
+    return nnx.initializers.normal(gain * math.sqrt(variance))
 
 
 class ScaledKernel(nnx.Module):

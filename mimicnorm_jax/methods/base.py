@@ -170,10 +170,10 @@ class Method:
 
     def head(self, num_classes: int) -> Function:
         """What follows the classifier; the result is in at least float32."""
-        return _Upcast(self.precision.param_dtype)
+        return Upcast(self.precision.param_dtype)
 
 
-class _Upcast(nnx.Module):
+class Upcast(nnx.Module):
     """Loss and metrics are computed in at least float32 whatever the layers compute in."""
 
     def __init__(self, dtype: jnp.dtype):

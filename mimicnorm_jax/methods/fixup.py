@@ -14,7 +14,7 @@ from mimicnorm_jax.layers import ScaledConv, stable_normal
 from mimicnorm_jax.methods.base import Function, Method, Site
 
 
-class _FixupConv(nnx.Module):
+class FixupConv(nnx.Module):
     """``scale * conv(x + bias_in) + bias_out`` with scalar biases and multiplier."""
 
     def __init__(
@@ -36,7 +36,7 @@ class _FixupConv(nnx.Module):
         return y if self.bias_out is None else y + self.bias_out[...].astype(y.dtype)
 
 
-class _FixupDense(nnx.Module):
+class FixupDense(nnx.Module):
     """``dense(x + bias_in)`` with a scalar bias before the classifier."""
 
     def __init__(self, dense: nnx.Linear, param_dtype: jnp.dtype):
@@ -72,7 +72,7 @@ class Fixup(Method):
                 kernel_init=self._kernel_init(fan_in, site),
                 **kwargs,
             )
-            return _FixupConv(
+            return FixupConv(
                 conv,
                 bias_in=site.role != "stem",
                 bias_out=site.role != "shortcut",
@@ -105,4 +105,4 @@ class Fixup(Method):
             param_dtype=self.precision.param_dtype,
             rngs=rngs,
         )
-        return _FixupDense(classifier, self.precision.param_dtype)
+        return FixupDense(classifier, self.precision.param_dtype)

@@ -26,15 +26,24 @@ from mimicnorm_jax.methods.base import Function, Method, Site
 class MimicNorm(Method):
     """Weight mean, a residual scalar and the last BN (Fei et al. 2020, Section 4).
 
+    The defaults are the paper's.
+
     Attributes:
-      weight_mean: ``"reparameterized"`` or ``"projected"``, see ``WeightMeanConv``.
+      weight_mean: ``"reparameterized"``: the forward pass centres; or ``"projected"``: the
+        optimizer does (Appendix C); see ``WeightMeanConv``.
       min_fan_in: a layer is centred if its fan-in is above this; 50 leaves out the
         3-channel 3x3 stem (27) and depthwise convolutions (9), whose channels have too
-        few weights (Section 4).
+        few weights (Section 4; the number is that of its authors' code).
       center_dense: whether the dense layers between convolutions and classifier are
-        centred too.
+        centred too, as in the networks of Section 3; the experiments of Section 5 centre
+        convolutions only.
       residual_init: initial value of the scalar at the end of the l-th branch:
         ``"inverse_sqrt"`` 1/sqrt(l) (the paper), ``"inverse"`` 1/l (its authors' code).
+      gain: factor of the initial standard deviation of layers whose input is not
+        rectified: the stem, and 1x1 convolutions after depthwise ones. Theorem 3 is about
+        rectified inputs and says nothing of them; 1 keeps the second moment of an input of
+        mean 0. Its authors' code has about 2 after the depthwise convolutions of
+        ShuffleNetV2 (variance 2/n and a scalar 1.2^2).
     """
 
     name: ClassVar[str] = "mimicnorm"
@@ -45,6 +54,7 @@ class MimicNorm(Method):
     min_fan_in: int = 50
     center_dense: bool = False
     residual_init: Literal["inverse_sqrt", "inverse"] = "inverse_sqrt"
+    gain: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +64,8 @@ class MimicNorm(Method):
             raise unknown("residual_init", self.residual_init, ("inverse_sqrt", "inverse"))
         if self.min_fan_in < 1:
             raise UserError(f"min_fan_in must be at least 1, got {self.min_fan_in}")
+        if not self.gain > 0:
+            raise UserError(f"gain must be positive, got {self.gain}")
 
     def centers(self, fan_in: int, site: Site) -> bool:
         """Whether the layer at ``site`` is centred."""
@@ -74,14 +86,18 @@ class MimicNorm(Method):
         return not (site.role == "classifier" and self.has_last_bn)
 
     def _layer_options(self, fan_in: int, site: Site) -> dict[str, Any]:
+        centered = self.centers(fan_in, site)
         options: dict[str, Any] = {
             "use_bias": self.use_bias(site),
             "scale": self.residual_scale(site),
+            "kernel_init": stable_normal(
+                fan_in,
+                centered=centered,
+                after_relu=site.after_relu,
+                gain=1.0 if site.after_relu else self.gain,
+            ),
         }
-        if self.centers(fan_in, site):
-            return options | {"weight_mean": self.weight_mean, "after_relu": site.after_relu}
-        kernel_init = stable_normal(fan_in, centered=False, after_relu=site.after_relu)
-        return options | {"kernel_init": kernel_init}
+        return options | ({"weight_mean": self.weight_mean} if centered else {})
 
     def conv_layer(self, fan_in: int, site: Site) -> Callable[..., Function]:
         layer = WeightMeanConv if self.centers(fan_in, site) else ScaledConv

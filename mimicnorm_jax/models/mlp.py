@@ -7,6 +7,7 @@ from flax import nnx
 
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.methods import Function, Method, Site
+from mimicnorm_jax.models.channels import flatten
 
 
 class MLP(nnx.Module):
@@ -53,7 +54,7 @@ class MLP(nnx.Module):
 
     def __call__(self, images: jax.Array, *, keys: jax.Array | None = None) -> jax.Array:
         """Maps normalized images ``(B, H, W, C)`` to logits ``(B, num_classes)``."""
-        x = images.reshape(images.shape[0], -1)
+        x = flatten(images)
         for layer, norm, activation in zip(self.layers, self.norms, self.activations, strict=True):
             x = activation(norm(layer(x)))
         return self.head(self.classifier(x))

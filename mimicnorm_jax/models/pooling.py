@@ -1,4 +1,4 @@
-"""Pooling shared by the architectures."""
+"""Pooling shared by the architectures; single-dispatch as in ``channels``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 
+@functools.singledispatch
 def max_pool(x: jax.Array, *, window: int, stride: int, padding: int = 0) -> jax.Array:
     """Max-pool as the maximum over ``window**2`` strided slices.
 
@@ -41,6 +42,7 @@ def max_pool(x: jax.Array, *, window: int, stride: int, padding: int = 0) -> jax
     return functools.reduce(jnp.maximum, slices)
 
 
+@functools.singledispatch
 def global_average_pool(x: jax.Array) -> jax.Array:
     """Mean over height and width: ``(B, H, W, C)`` to ``(B, C)``."""
     return jnp.mean(x, axis=(1, 2))

@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from mimicnorm_jax.errors import unknown
 from mimicnorm_jax.methods import Branch, Method, Site
+from mimicnorm_jax.models.channels import identity_shortcut
 from mimicnorm_jax.models.pooling import global_average_pool, max_pool
 from mimicnorm_jax.models.stem import check_image_size, resolve_stem
 from mimicnorm_jax.models.unit import ConvUnit
@@ -53,12 +53,6 @@ VARIANTS = {
     "resnet152": Variant((3, 8, 36, 3), bottleneck=True),
     **{f"resnet{depth}": _thin(depth) for depth in (8, 20, 32, 44, 56, 110)},
 }
-
-
-def identity_shortcut(x: jax.Array, *, strides: int, features: int) -> jax.Array:
-    """Option A: every ``strides``-th pixel, and zeros for the channels that are missing."""
-    x = x[:, ::strides, ::strides]
-    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
 
 
 class Block(nnx.Module):

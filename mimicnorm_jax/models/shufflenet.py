@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from mimicnorm_jax.methods import Method, Site
+from mimicnorm_jax.models.channels import halves, interleave
 from mimicnorm_jax.models.pooling import global_average_pool, max_pool
 from mimicnorm_jax.models.stem import check_image_size, resolve_stem
 from mimicnorm_jax.models.unit import ConvUnit
@@ -20,19 +20,6 @@ VARIANTS = {
     "shufflenetv2_x1_5": (176, 352, 704, 1024),
     "shufflenetv2_x2_0": (244, 488, 976, 2048),
 }
-
-
-def interleave(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Channels a0, b0, a1, b1, …: concatenation and a shuffle in two groups, in one copy.
-
-    Args:
-      a: ``(B, H, W, C)``.
-      b: the same shape.
-
-    Returns:
-      ``(B, H, W, 2 C)``.
-    """
-    return jnp.stack([a, b], axis=-1).reshape(*a.shape[:-1], -1)
 
 
 class Unit(nnx.Module):
@@ -89,7 +76,7 @@ class Unit(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``(B, H, W, in_features)`` to ``(B, H / strides, W / strides, out_features)``."""
         if self.shortcut is None:
-            shortcut, x = jnp.split(x, 2, axis=-1)
+            shortcut, x = halves(x)
         else:
             shortcut = x
             for unit in self.shortcut:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from mimicnorm_jax.methods import Branch, Method, Site
+from mimicnorm_jax.models.channels import concatenate
 from mimicnorm_jax.models.pooling import global_average_pool, max_pool
 from mimicnorm_jax.models.stem import check_image_size, resolve_stem
 from mimicnorm_jax.models.unit import ConvUnit
@@ -50,7 +50,7 @@ class Fire(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``(B, H, W, in_features)`` to ``(B, H, W, 2 expand)``."""
         squeezed = self.squeeze(x)
-        y = jnp.concatenate([self.expand1x1(squeezed), self.expand3x3(squeezed)], axis=-1)
+        y = concatenate(self.expand1x1(squeezed), self.expand3x3(squeezed))
         return y if self.merge is None else self.merge(x, y)
 
 

@@ -8,6 +8,7 @@ from flax import nnx
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers import Dropout
 from mimicnorm_jax.methods import Method, Site
+from mimicnorm_jax.models.channels import flatten
 from mimicnorm_jax.models.pooling import max_pool
 from mimicnorm_jax.models.unit import ConvUnit
 
@@ -91,7 +92,7 @@ class VGG(nnx.Module):
             for unit in stage:
                 x = unit(x)
             x = max_pool(x, window=2, stride=2)
-        x = x.reshape(x.shape[0], -1)
+        x = flatten(x)
         for dense, dropout in zip(self.hidden, self.dropouts, strict=True):
             x = dropout(self.activation(dense(x)), keys)
         return self.head(self.classifier(x))

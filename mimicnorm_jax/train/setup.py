@@ -15,9 +15,15 @@ from ml_collections import ConfigDict
 
 from mimicnorm_jax.config import method_of, network_options_of, validate
 from mimicnorm_jax.data.pipeline import Pipeline
-from mimicnorm_jax.data.sources import channel_statistics, open_splits
+from mimicnorm_jax.data.sources import Source, channel_statistics, open_splits
 from mimicnorm_jax.models import create_model
-from mimicnorm_jax.parallel import DATA_AXIS, check_batch_size, make_mesh, replicated
+from mimicnorm_jax.parallel import (
+    DATA_AXIS,
+    check_batch_size,
+    make_mesh,
+    quick_compilation,
+    replicated,
+)
 from mimicnorm_jax.precision import resolve_precision
 from mimicnorm_jax.train.optim import make_optimizer, make_schedule
 from mimicnorm_jax.train.state import Network, TrainState, create_state, split_network
@@ -59,12 +65,10 @@ class Experiment:
 
     def initial_state(self) -> TrainState:
         """The state at step 0, on every device of the mesh."""
-        # Run once: optimizing the random number generation of every kernel shape would
-        # take XLA's CPU backend longer (6 s for a ResNet-20) than running it does.
-        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-        options = {"xla_backend_optimization_level": 0} if on_cpu else {}
         create = jax.jit(
-            self._create, out_shardings=replicated(self.mesh), compiler_options=options
+            self._create,
+            out_shardings=replicated(self.mesh),
+            compiler_options=quick_compilation(self.mesh.devices.flat[0].platform),
         )
         return create()
 
@@ -80,6 +84,30 @@ def configure_jax(config: ConfigDict) -> None:
             os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
 
 
+def network_arguments(config: ConfigDict, train: Source) -> dict[str, Any]:
+    """The arguments of ``create_model`` but for method and random numbers."""
+    size, _, channels = train.image_shape
+    return {
+        "name": config.network,
+        "num_classes": len(train.class_names),
+        "image_size": size,
+        "channels": channels,
+        "width": config.width,
+        "precision": config.precision,
+        **network_options_of(config),
+    }
+
+
+def normalization(config: ConfigDict, train: Source) -> dict[str, tuple[float, ...]]:
+    """``mean`` and ``std`` of the channels: those of the configuration, or measured."""
+    mean, std = (
+        (np.array(config.data.mean), np.array(config.data.std))
+        if config.data.mean
+        else channel_statistics(train)
+    )
+    return {"mean": tuple(mean.tolist()), "std": tuple(std.tolist())}
+
+
 def set_up(config: ConfigDict) -> Experiment:
     """Builds a run from its configuration.
 
@@ -93,21 +121,11 @@ def set_up(config: ConfigDict) -> Experiment:
     method = method_of(config, axis_name=DATA_AXIS)
     check_batch_size(config.batch_size, mesh, method)
     train, test = open_splits(config.data)
-    size, _, channels = train.image_shape
     precision = resolve_precision(config.precision)
+    arguments = network_arguments(config, train)
 
     def create() -> nnx.Module:
-        return create_model(
-            config.network,
-            method=method,
-            num_classes=len(train.class_names),
-            image_size=size,
-            channels=channels,
-            width=config.width,
-            precision=config.precision,
-            rngs=nnx.Rngs(config.seed),
-            **network_options_of(config),
-        )
+        return create_model(method=method, rngs=nnx.Rngs(config.seed), **arguments)
 
     network, initial_values = split_network(create)
     train_data = Pipeline(train, batch_size=config.batch_size, seed=config.seed)
@@ -126,15 +144,7 @@ def set_up(config: ConfigDict) -> Experiment:
     def create_initial() -> TrainState:
         return create_state(initial_values, optimizer, ema=config.optimizer.ema_decay > 0)
 
-    mean, std = (
-        (np.array(config.data.mean), np.array(config.data.std))
-        if config.data.mean
-        else channel_statistics(train)
-    )
-    channel_values: dict[str, tuple[float, ...]] = {
-        "mean": tuple(mean.tolist()),
-        "std": tuple(std.tolist()),
-    }
+    channel_values = normalization(config, train)
     sharding = replicated(mesh)
     return Experiment(
         config=config,

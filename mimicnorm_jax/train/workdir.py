@@ -38,20 +38,24 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
     """
     with refused_by_system(f"--workdir={workdir} cannot be used"):
         _check_folder(workdir)
-        path = workdir / "config.json"
-        if not path.exists():
+        if not (workdir / "config.json").exists():
             return
-    before, now = read_json(path), _as_json(config)
+    if differing := other_fields(workdir, config):
+        raise UserError(
+            f"--workdir={workdir} holds the run of another configuration: "
+            f"{differing}; choose another --workdir or delete it"
+        )
+
+
+def other_fields(workdir: pathlib.Path, config: ConfigDict) -> str:
+    """In words, the first few fields in which the run in ``workdir`` is not one of ``config``."""
+    before, now = read_json(workdir / "config.json"), _as_json(config)
     differing = [
         f"config.{name} ({before.get(name)!r} there, {now.get(name)!r} now)"
         for name in sorted(before.keys() | now.keys())
         if name not in FREE_FIELDS and before.get(name) != now.get(name)
     ]
-    if differing:
-        raise UserError(
-            f"--workdir={workdir} holds the run of another configuration: "
-            f"{', '.join(differing[:3])}; choose another --workdir or delete it"
-        )
+    return ", ".join(differing[:3])
 
 
 def _check_folder(workdir: pathlib.Path) -> None:

@@ -155,6 +155,29 @@ def test_a_first_layer_is_initialized_for_an_image_that_is_not_rectified():
         assert np.var(layer.kernel[...]) == pytest.approx(expected, rel=0.05)
 
 
+def test_gain_scales_the_layers_whose_input_is_not_rectified():
+    """The stem, and 1x1 convolutions after depthwise ones; no others."""
+    plain, scaled = (
+        nnx.to_flat_state(nnx.state(make("shufflenetv2_x0_5", method), nnx.Param))
+        for method in (create_method("mimicnorm"), create_method("mimicnorm", gain=3.0))
+    )
+    factors = {
+        "/".join(map(str, path)): float(jnp.std(b[...]) / jnp.std(a[...]))
+        for (path, a), (_, b) in zip(plain, scaled, strict=True)
+        if path[-1] == "kernel"
+    }
+    after_depthwise = {
+        f"units/{unit}/{part}/conv/kernel"
+        for unit in range(16)
+        for part in ("branch/2", *(["shortcut/1"] if unit in (0, 4, 12) else []))
+    }
+    for name, factor in factors.items():
+        expected = 3.0 if name in after_depthwise | {"stem/conv/kernel"} else 1.0
+        assert factor == pytest.approx(expected, rel=1e-3), name
+    with pytest.raises(UserError, match="gain must be positive"):
+        create_method("mimicnorm", gain=0.0)
+
+
 def test_a_bias_is_where_no_norm_follows():
     for name, expected in (("nonorm", True), ("mimicnorm", True), ("batchnorm", False)):
         model = make("resnet20", name)

@@ -1,0 +1,68 @@
+"""What every program that takes ``--config`` does with its command line."""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from mimicnorm_jax.config import FIELDS
+from mimicnorm_jax.errors import NonFiniteError, UserError, unknown
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration, a Python file.")
+
+
+def config() -> ConfigDict:
+    """The configuration, after parsing."""
+    return _CONFIG.value
+
+
+def config_path() -> str:
+    """The file that the configuration comes from."""
+    return str(config_flags.get_config_filename(flags.FLAGS["config"]))
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses the command line; what is wrong with it is a ``UserError``, never a traceback."""
+    for argument in argv[1:]:
+        name = argument.lstrip("-").partition("=")[0]
+        if name.startswith("config.") and name.removeprefix("config.") not in FIELDS:
+            raise unknown("field", f"--{name}", [f"--config.{field}" for field in FIELDS])
+    path = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), None)
+    if "--config" in argv[:-1]:
+        path = argv[argv.index("--config") + 1]
+    if path is not None and not pathlib.Path(path.partition(":")[0]).is_file():
+        raise UserError(f"--config={path}: there is no such file")
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(str(error).splitlines()[0]) from error
+    except Exception as error:  # a config file is a program: it can fail in any way
+        reason = (str(error).splitlines() or [""])[0].partition(" Other fields present")[0]
+        raise UserError(f"--config={path} failed: {type(error).__name__}: {reason}") from error
+    if _CONFIG.value is None:
+        raise UserError("--config is missing; for example --config configs/digits_resnet20.py")
+    if rest[1:]:
+        raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
+    return rest
+
+
+def run_program(program: Callable[[], None]) -> None:
+    """Parses the flags and runs a program.
+
+    A wrong input is one line and exit code 2, divergence one line and exit code 1.
+    """
+
+    def run(_: list[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
+        program()
+
+    try:
+        app.run(run, flags_parser=_parse)
+    except (UserError, NonFiniteError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)

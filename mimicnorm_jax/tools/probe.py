@@ -1,0 +1,274 @@
+r"""The signal in a network, layer by layer, with the theory's prediction beside it.
+
+  python -m mimicnorm_jax.tools.probe --config configs/digits_resnet20.py \
+      --methods=nonorm,batchnorm,mimicnorm
+
+At initialization, or in a trained state with ``--checkpoint=RUN``. Prints a table, and writes
+a picture and a JSON file. ``--draws=N`` averages over N initializations: in narrow layers
+one differs from the next by more than any theory could say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from mimicnorm_jax import command_line
+from mimicnorm_jax.config import method_of, validate
+from mimicnorm_jax.data.augment import normalize
+from mimicnorm_jax.data.pipeline import Pipeline
+from mimicnorm_jax.data.sources import open_splits
+from mimicnorm_jax.errors import UserError, refused_by_system, unknown
+from mimicnorm_jax.methods import METHODS
+from mimicnorm_jax.precision import resolve_precision
+from mimicnorm_jax.theory import Layer, Probe
+from mimicnorm_jax.tools.probe_plot import plot
+from mimicnorm_jax.train.checkpoint import Checkpoints
+from mimicnorm_jax.train.setup import configure_jax, network_arguments, normalization, set_up
+from mimicnorm_jax.train.workdir import other_fields
+
+_METHODS = flags.DEFINE_list("methods", None, "Methods to compare (default: config.method).")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Probe the latest state of this run.")
+_IMAGES = flags.DEFINE_integer("images", 32, "Training images to look at.", 2)
+_DRAWS = flags.DEFINE_integer("draws", 1, "Initializations to average over.", 1)
+_PLOT = flags.DEFINE_string("plot", "probe.png", "Where the picture goes; empty for none.")
+_JSON = flags.DEFINE_string("json", None, "Where the numbers go; unset for nowhere.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One layer, averaged over initializations; see ``Measured`` and ``Layer``."""
+
+    layer: str
+    mean: float
+    variance: float
+    second_moment: float
+    predicted_second_moment: float
+    correlation: float
+    predicted_correlation: float
+    dead: float
+    gradient_norm: float | None
+    quantiles: list[list[float]]
+
+
+def average(draws: Sequence[Layer]) -> Row:
+    """The same layer in several initializations; the quantiles are of the first."""
+    measured = [layer.measured for layer in draws]
+
+    def mean(values: list[Any]) -> float:
+        return float(np.mean(values))
+
+    gradients = [layer.gradient_norm for layer in draws if layer.gradient_norm is not None]
+    return Row(
+        layer=draws[0].name,
+        mean=mean([m.mean for m in measured]),
+        variance=mean([m.variance for m in measured]),
+        second_moment=mean([m.second_moment for m in measured]),
+        predicted_second_moment=mean([layer.predicted_second_moment for layer in draws]),
+        correlation=mean([m.correlation for m in measured]),
+        predicted_correlation=mean([layer.predicted_correlation for layer in draws]),
+        dead=mean([m.dead for m in measured]),
+        gradient_norm=mean(gradients) if gradients else None,
+        quantiles=np.round(measured[0].quantiles, 4).tolist(),
+    )
+
+
+def probe(
+    config: ConfigDict,
+    methods: Sequence[str],
+    *,
+    images: int,
+    draws: int = 1,
+    checkpoint: pathlib.Path | None = None,
+) -> dict[str, list[Row]]:
+    """Measures and predicts every layer of the configured network, for each method.
+
+    Args:
+      config: the configuration; options of a method apply to the methods that have them.
+      methods: names of methods.
+      images: how many training images, without augmentation.
+      draws: initializations to average over.
+      checkpoint: the folder of a run of ``config``; its latest state is probed.
+
+    Raises:
+      UserError: whatever is wrong with the configuration, the data or the run.
+    """
+    _check_options(config, methods)
+    configure_jax(config)
+    train, _ = open_splits(config.data)
+    if images > len(train):
+        raise UserError(f"--images={images} is more than the {len(train)} training images")
+    batch = Pipeline(train, batch_size=images, seed=config.seed).batch(0)
+    dtype = resolve_precision(config.precision).dtype
+    inputs = normalize(jnp.asarray(batch["image"]), **normalization(config, train), dtype=dtype)
+    labels = jnp.asarray(batch["label"])
+    arguments = network_arguments(config, train)
+    rows = {}
+    progress = tqdm(total=len(methods) * draws, desc="probing", disable=not sys.stderr.isatty())
+    for name in methods:
+        progress.set_postfix_str(name)
+        watched = Probe(method=method_of(_for_method(config, name)), seed=config.seed, **arguments)
+        layers = []
+        for draw in range(draws):
+            if checkpoint is not None:
+                state = _restore(config, checkpoint)
+                watched.load(state.evaluated_params)
+            elif draw:
+                watched.draw((config.seed + draw) % 2**32)
+            layers.append(watched.layers(inputs, labels))
+            progress.update()
+        rows[name] = [average(same) for same in zip(*layers, strict=True)]
+    progress.close()
+    return rows
+
+
+def _for_method(config: ConfigDict, method: str) -> ConfigDict:
+    """The configuration with another method, without the options that it does not have."""
+    config = ConfigDict(config)
+    for option in config.method_options:
+        if option not in _options_of(method):
+            config.method_options[option] = None
+    config.method = method
+    return config
+
+
+def _options_of(method: str) -> set[str]:
+    return {field.name for field in dataclasses.fields(METHODS[method])}
+
+
+def _check_options(config: ConfigDict, methods: Sequence[str]) -> None:
+    """Checks the configuration with each method; an option has to be one of some method."""
+    for option, value in config.method_options.items():
+        if value is not None and not any(option in _options_of(method) for method in methods):
+            raise UserError(
+                f"config.method_options.{option} does not apply to {' or '.join(methods)}"
+            )
+    for method in methods:
+        validate(_for_method(config, method))
+
+
+def _restore(config: ConfigDict, workdir: pathlib.Path) -> Any:
+    """The latest state of a run."""
+    directory = workdir / "checkpoints"
+    if not directory.is_dir() or not (workdir / "config.json").is_file():
+        raise UserError(f"--checkpoint={workdir} is not the folder of a run with checkpoints")
+    if differing := other_fields(workdir, config):
+        raise UserError(
+            f"--checkpoint={workdir} is a run of another configuration: {differing}; give the "
+            "same --config fields"
+        )
+    experiment = set_up(config)
+    with contextlib.closing(Checkpoints(directory, keep=config.keep_checkpoints)) as checkpoints:
+        restored = checkpoints.restore_latest(experiment.abstract_state)
+    if restored is None:
+        raise UserError(f"--checkpoint={workdir} has no checkpoint that can be read")
+    return restored[0]
+
+
+_TITLES = (
+    f"{'mean':>7}{'var':>8}{'E[z^2]':>8}{'theory':>8}{'corr':>7}{'theory':>8}{'dead':>6}{'grad':>9}"
+)
+
+
+def _cells(row: Row) -> str:
+    gradient = "" if row.gradient_norm is None else f"{row.gradient_norm:.2e}"
+    return (
+        f"{row.mean:7.2f}{row.variance:8.3f}"
+        f"{row.second_moment:8.3f}{row.predicted_second_moment:8.3f}"
+        f"{row.correlation:7.2f}{row.predicted_correlation:8.2f}{row.dead:6.0%}{gradient:>9}"
+    )
+
+
+def table(rows: dict[str, list[Row]], *, columns: int) -> str:
+    """The layers as lines, the methods side by side as far as ``columns`` characters reach."""
+    layers = [row.layer for row in next(iter(rows.values()))]
+    first = max(len("layer"), *map(len, layers)) + 1
+    together = max(1, (columns - first) // (len(_TITLES) + 3))
+    methods = list(rows)
+    lines = []
+    for start in range(0, len(methods), together):
+        group = methods[start : start + together]
+        lines.append(" " * first + "".join(f" | {m:^{len(_TITLES)}}" for m in group))
+        lines.append(f"{'layer':<{first}}" + f" | {_TITLES}" * len(group))
+        for index, layer in enumerate(layers):
+            cells = "".join(f" | {_cells(rows[m][index])}" for m in group)
+            lines.append(f"{layer:<{first}}{cells}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def as_json(rows: dict[str, list[Row]]) -> str:
+    """All but the quantiles, which are for the picture, by method; a layer is a line."""
+    methods = []
+    for method, of_method in rows.items():
+        lines = []
+        for row in of_method:
+            values = dataclasses.asdict(row)
+            del values["quantiles"]
+            lines.append(json.dumps({k: _rounded(v) for k, v in values.items()}))
+        methods.append(f"{json.dumps(method)}: [\n" + ",\n".join(lines) + "\n]")
+    return "{" + ",\n".join(methods) + "}\n"
+
+
+def _rounded(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.5g}") if math.isfinite(value) else None  # JSON has no infinity
+
+
+def _check_output(name: str, path: str | None, endings: Sequence[str]) -> None:
+    """Finds out before the work whether its result can be written."""
+    if path:
+        if pathlib.Path(path).suffix not in endings:
+            raise UserError(f"--{name}={path} does not end in {' or '.join(endings)}")
+        if not pathlib.Path(path).absolute().parent.is_dir() or pathlib.Path(path).is_dir():
+            raise UserError(f"--{name}={path} cannot be written: that is not a file in a folder")
+
+
+def _run() -> None:
+    config = command_line.config()
+    if _METHODS.value == []:
+        raise UserError("--methods= is empty; leave it out for config.method")
+    methods = list(dict.fromkeys(_METHODS.value or [config.method]))
+    for method in methods:
+        if method not in METHODS:
+            raise unknown("--methods", method, METHODS)
+    checkpoint = None if _CHECKPOINT.value is None else pathlib.Path(_CHECKPOINT.value)
+    if checkpoint is not None and (_METHODS.value or _DRAWS.value > 1):
+        raise UserError("--checkpoint is one state of one method; leave out --methods and --draws")
+    _check_output("plot", _PLOT.value, (".png", ".pdf", ".svg"))
+    _check_output("json", _JSON.value, (".json",))
+    rows = probe(config, methods, images=_IMAGES.value, draws=_DRAWS.value, checkpoint=checkpoint)
+    print(table(rows, columns=shutil.get_terminal_size((200, 0)).columns))
+    if _JSON.value:
+        with refused_by_system(f"--json={_JSON.value} cannot be written"):
+            pathlib.Path(_JSON.value).write_text(as_json(rows))
+        print(f"numbers: {_JSON.value}")
+    if _PLOT.value:
+        state = f"of {checkpoint}" if checkpoint else "at initialization"
+        title = f"{config.network} {state}, {_IMAGES.value} images"
+        with refused_by_system(f"--plot={_PLOT.value} cannot be written"):
+            plot(rows, pathlib.Path(_PLOT.value), title)
+        print(f"picture: {_PLOT.value}")
+
+
+def main() -> None:
+    """Runs the program."""
+    command_line.run_program(_run)
+
+
+if __name__ == "__main__":
+    main()

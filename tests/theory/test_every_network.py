@@ -1,0 +1,94 @@
+"""At initialization, theory knows every layer of every network, on photographs."""
+
+import os
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mimicnorm_jax.methods import METHODS, create_method
+from mimicnorm_jax.models import NETWORKS
+from mimicnorm_jax.theory import Probe
+
+# Width and initializations: narrow networks are wider here, so that few initializations are
+# enough to know the mean. The published widths, and large images, are in results/README.md.
+KINDS = {
+    "mlp": (1.0, 4),
+    "vgg11": (0.5, 3),
+    "resnet18": (1.0, 10),
+    "resnet20": (2.0, 20),
+    "squeezenet": (2.0, 20),
+    "shufflenetv2_x1_0": (2.0, 8),
+}
+if os.environ.get("MIMICNORM_TEST_ALL_PAIRS"):
+    KINDS = dict.fromkeys(NETWORKS, (1.0, 16)) | KINDS
+
+
+CORRELATION_KNOWN, CORRELATION_WITHIN = ("mimicnorm", "nonorm"), 0.25
+
+
+@pytest.fixture(scope="module")
+def photos():
+    """A function that cuts four square crops of photographs, normalized."""
+    from sklearn.datasets import load_sample_images
+
+    def crops(size):
+        step = 320 // size
+        images = np.stack(
+            [
+                image[top : top + size * step : step, left : left + size * step : step]
+                for image in load_sample_images().images
+                for top, left in ((10, 20), (90, 280))
+            ]
+        )
+        images = images / 255.0
+        return jnp.asarray((images - images.mean((0, 1, 2))) / images.std((0, 1, 2)), jnp.float32)
+
+    return crops
+
+
+def ratios(network, method, images, *, draws, **options):
+    """Predicted over measured second moment of every layer, means over initializations."""
+    probe = Probe(
+        network,
+        method=create_method(method),
+        num_classes=100,
+        image_size=images.shape[1],
+        precision="float32",
+        **options,
+    )
+    measured, predicted = [], []
+    for seed in range(draws):
+        probe.draw(seed)
+        layers = probe.layers(images)
+        measured.append([layer.measured.second_moment for layer in layers])
+        predicted.append([layer.predicted_second_moment for layer in layers])
+        for layer in layers:
+            assert abs(layer.predicted_correlation) <= 1 + 1e-4, layer.name
+            if method in CORRELATION_KNOWN and layer.measured.second_moment > 0:
+                difference = layer.predicted_correlation - layer.measured.correlation
+                assert abs(difference) < CORRELATION_WITHIN, layer
+    measured, predicted = np.mean(measured, axis=0), np.mean(predicted, axis=0)
+    # the branches of Fixup and SkipInit end in 0
+    np.testing.assert_array_equal(predicted == 0, measured == 0)
+    return predicted[measured > 0] / measured[measured > 0], measured
+
+
+@pytest.mark.parametrize("network", KINDS)
+def test_every_layer_is_predicted_within_25_percent(photos, network):
+    width, draws = KINDS[network]
+    ratio, measured = ratios(network, "mimicnorm", photos(32), width=width, draws=draws)
+    np.testing.assert_allclose(ratio, 1.0, atol=0.25)
+    assert measured.min() > 0.02  # nothing dies
+    assert measured.max() < 50  # nothing explodes
+
+
+def test_large_images_are_predicted_too(photos):
+    ratio, _ = ratios("resnet18", "mimicnorm", photos(96), draws=10)
+    np.testing.assert_allclose(ratio, 1.0, atol=0.25)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_predicted(photos, method):
+    ratio, _ = ratios("resnet8", method, photos(32), width=2.0, draws=8)
+    np.testing.assert_allclose(ratio, 1.0, atol=0.25)

@@ -1,0 +1,94 @@
+import json
+import os
+import re
+
+import pytest
+from PIL import Image
+
+from mimicnorm_jax.tools import probe
+
+TINY = (
+    *("--config=configs/digits_resnet20.py", "--config.network=resnet8"),
+    *("--config.width=0.5", "--config.data.image_size=8", "--images=4"),
+)
+
+
+@pytest.fixture
+def run_probe(run_main, tmp_path):
+    def run(*arguments, cwd=tmp_path):
+        here = os.getcwd()
+        absolute = [a.replace("=configs/", f"={here}/configs/") for a in (*TINY, *arguments)]
+        return run_main(*absolute, module="mimicnorm_jax.tools.probe", cwd=cwd, COLUMNS="200")
+
+    return run
+
+
+def test_methods_are_put_side_by_side_in_table_picture_and_file(run_probe, tmp_path):
+    done = run_probe("--methods=nonorm,mimicnorm", "--json=numbers.json", "--draws=2")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["|", "nonorm", "|", "mimicnorm"]
+    assert [line.split()[0] for line in lines[2:13]][:3] == [
+        "stem",
+        "blocks/0/branch/0",
+        "blocks/0/branch/1",
+    ]
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers.keys() == {"nonorm", "mimicnorm"}
+    row = numbers["mimicnorm"][0]
+    assert row["layer"] == "stem" and "quantiles" not in row
+    assert f"{row['second_moment']:.3f}" in lines[2]
+    with Image.open(tmp_path / "probe.png") as picture:
+        assert picture.size[0] > 1000
+
+
+def test_a_trained_state_is_probed(run_main, run_probe, tmp_path):
+    run = tmp_path / "run"
+    trained = run_main(*TINY[:-1], "--config.max_steps=2", f"--workdir={run}")
+    assert trained.returncode == 0, trained.stderr
+    done = run_probe(f"--checkpoint={run}", "--plot=", "--json=trained.json")
+    assert done.returncode == 0, done.stderr
+    other = run_probe(f"--checkpoint={run}", "--config.learning_rate=0.5")
+    assert other.returncode == 2
+    assert "config.learning_rate (0.1 there, 0.5 now)" in other.stderr
+    fresh = run_probe("--plot=", "--json=fresh.json")
+    assert fresh.returncode == 0
+    assert not (tmp_path / "probe.png").exists()
+    trained, fresh = (
+        json.loads((tmp_path / name).read_text())["mimicnorm"]
+        for name in ("trained.json", "fresh.json")
+    )
+    moved = [a["second_moment"] != b["second_moment"] for a, b in zip(trained, fresh, strict=True)]
+    assert any(moved)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods=nonorm,mimicnrm"], "did you mean 'mimicnorm'|mimicnorm"),
+        (["--methods=nonorm", "--checkpoint=nowhere"], "leave out --methods"),
+        (["--checkpoint=nowhere"], "nowhere is not the folder of a run"),
+        (["--images=1"], "images"),
+        (["--methods="], "--methods= is empty"),
+        (["--methods=batchnorm", "--config.method_options.gain=2"], "gain does not apply to batch"),
+        (["--json=."], "does not end in .json"),
+        (["--images=100000"], "more than the 1437 training images"),
+        (["--plot=no/such/folder.png"], "--plot=no/such/folder.png cannot be written: that is not"),
+        (["--plot=picture.xyz"], "does not end in .png or"),
+        (["--config.network=vgg11", "--config.method=fixup"], "needs residual branches"),
+    ],
+)
+def test_a_wrong_input_is_one_line(run_probe, arguments, message):
+    done = run_probe(*arguments)
+    assert done.returncode == 2, done.stdout
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert re.search(message, done.stderr), done.stderr
+
+
+def test_a_narrow_terminal_gets_one_method_after_the_other():
+    row = probe.Row("stem", 0.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.0, None, [])
+    rows = {"nonorm": [row], "mimicnorm": [row]}
+    assert len(probe.table(rows, columns=200).splitlines()) == 3
+    narrow = probe.table(rows, columns=80).splitlines()
+    assert len(narrow) == 2 * 3 + 1
+    assert max(map(len, narrow)) <= 80

@@ -1,0 +1,120 @@
+"""Every network trains on real images with every method that fits, also in bfloat16.
+
+How long a pair takes is how long it takes to compile, so every network is trained with the
+paper's method, and every method on one network of each kind;
+``MIMICNORM_TEST_ALL_PAIRS=1 bash launch/test.sh tests/train/test_every_pair.py`` adds the rest.
+"""
+
+import os
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from mimicnorm_jax.layers.weight_mean import ScaledKernel
+from mimicnorm_jax.methods import METHODS, create_method
+from mimicnorm_jax.models import BRANCHED, NETWORKS, create_model
+from mimicnorm_jax.parallel import shard_batch
+from mimicnorm_jax.train.setup import set_up
+
+STEPS = 30
+KINDS = ("mlp", "vgg11", "resnet18", "resnet8", "squeezenet", "shufflenetv2_x0_5")
+
+# How many layers are centred at full width on images of 32 pixels.
+CENTRED = {
+    "mlp": 2,
+    **{f"vgg{depth}": depth - 4 for depth in (11, 13, 16, 19)},
+    **{f"resnet{depth}": depth + 1 for depth in (18, 34)},
+    **{f"resnet{depth}": depth + 2 for depth in (50, 101, 152)},
+    **{f"resnet{depth}": depth - 2 for depth in (8, 20, 32, 44, 56, 110)},
+    "squeezenet": 18,
+    "shufflenetv2_x0_5": 10,
+    "shufflenetv2_x1_0": 34,
+    "shufflenetv2_x1_5": 34,
+    "shufflenetv2_x2_0": 34,
+}
+# With a quarter of the width and of the paper's min_fan_in the same layers are centred; with
+# an eighth, of those that are slow to compute, the stem too: its fan-in is 9.
+NARROW, EIGHTH = (0.25, 12), (0.125, 6)
+IN_AN_EIGHTH = {"resnet50", "resnet101", "resnet152"}
+
+
+def count_centred(model):
+    layers = [m for _, m in nnx.iter_modules(model) if isinstance(m, ScaledKernel)]
+    return sum(layer.weight_mean is not None for layer in layers)
+
+
+def fits(network, method):
+    return network in BRANCHED or not METHODS[method].needs_branches
+
+
+def pairs():
+    everything = os.environ.get("MIMICNORM_TEST_ALL_PAIRS")
+    return [
+        (network, method)
+        for network in NETWORKS
+        for method in METHODS
+        if fits(network, method) and (everything or method == "mimicnorm" or network in KINDS)
+    ]
+
+
+def train(tiny_config, network, method, precision):
+    """The loss of each of ``STEPS`` steps on the same images, with the project's own step."""
+    options = {}
+    width, min_fan_in = EIGHTH if network in IN_AN_EIGHTH else NARROW
+    if hasattr(create_method(method), "min_fan_in"):
+        options["method_options__min_fan_in"] = min_fan_in
+    if network.startswith("vgg"):
+        options["network_options__dropout"] = 0.0  # 30 steps are too few to learn with it
+    config = tiny_config(
+        network=network,
+        method=method,
+        precision=precision,
+        width=width,
+        batch_size=8,
+        learning_rate=0.05,
+        optimizer__clip_norm=1.0,  # for those without any normalization
+        data__image_size=32,
+        data__pad_crop=0,
+        data__flip=False,
+        schedule__warmup_epochs=0.05,
+        **options,
+    )
+    experiment = set_up(config)
+    if method == "mimicnorm":
+        abstract = experiment.abstract_state
+        graph = experiment.network.train_graph
+        model = nnx.merge(graph, abstract.params, abstract.batch_stats)
+        assert count_centred(model) == CENTRED[network] + (network in IN_AN_EIGHTH)
+    state = experiment.initial_state()
+    batch = shard_batch(experiment.train_data.batch(0), experiment.mesh)
+    losses = []
+    for _ in range(STEPS):
+        state, metrics = experiment.train_step(state, batch)
+        losses.append(metrics["loss"])
+    return np.array([float(loss) for loss in losses])
+
+
+def test_the_table_counts_the_layers_that_are_centred_at_full_width():
+    assert CENTRED.keys() == NETWORKS.keys()
+    for network, count in CENTRED.items():
+        model = nnx.eval_shape(
+            lambda network=network: create_model(
+                network, method="mimicnorm", num_classes=10, image_size=32, rngs=nnx.Rngs(0)
+            )
+        )
+        assert count_centred(model) == count, network
+
+
+@pytest.mark.parametrize(("network", "method"), pairs())
+def test_every_pair_learns_real_digits_in_30_steps(tiny_config, network, method):
+    losses = train(tiny_config, network, method, "float32")
+    assert np.all(np.isfinite(losses))
+    assert losses[-1] < 0.85 * losses[0], losses
+
+
+@pytest.mark.parametrize("network", KINDS)
+def test_every_kind_of_network_learns_in_bfloat16_too(tiny_config, network):
+    losses = train(tiny_config, network, "mimicnorm", "bfloat16")
+    assert np.all(np.isfinite(losses))
+    assert losses[-1] < 0.85 * losses[0], losses
