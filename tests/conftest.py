@@ -8,6 +8,9 @@ import tempfile
 
 # The same small programs are compiled in many tests and in the processes they start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax-cache-"))
+# With that cache, XLA writes errors about processor features to stderr on some machines,
+# where tests count the lines.
+os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 

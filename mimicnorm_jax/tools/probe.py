@@ -108,6 +108,7 @@ def probe(
     """
     _check_options(config, methods)
     configure_jax(config)
+    trained = None if checkpoint is None else _restore(config, checkpoint).evaluated_params
     train, _ = open_splits(config.data)
     if images > len(train):
         raise UserError(f"--images={images} is more than the {len(train)} training images")
@@ -123,9 +124,8 @@ def probe(
         watched = Probe(method=method_of(_for_method(config, name)), seed=config.seed, **arguments)
         layers = []
         for draw in range(draws):
-            if checkpoint is not None:
-                state = _restore(config, checkpoint)
-                watched.load(state.evaluated_params)
+            if trained is not None:
+                watched.load(trained)
             elif draw:
                 watched.draw((config.seed + draw) % 2**32)
             layers.append(watched.layers(inputs, labels))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pathlib
 import shutil
 import sys
@@ -58,7 +59,7 @@ class Checkpoints:
     def save(
         self, state: TrainState, progress: dict[str, Any], test_accuracy: float | None
     ) -> None:
-        """Starts to save; returns when the state may be overwritten.
+        """Starts to save; returns when the state and the progress may be overwritten.
 
         Args:
           state: the state.
@@ -72,6 +73,8 @@ class Checkpoints:
             # On CPU Orbax writes from the device buffers themselves, which the next
             # training step is about to reuse (they are donated).
             state = jax.tree.map(jnp.copy, state)
+        # Orbax also writes the JSON later, from these objects, to which the loop goes on adding.
+        progress = copy.deepcopy(progress)
         self._manager.save(
             step,
             args=ocp.args.Composite(
