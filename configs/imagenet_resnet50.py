@@ -3,8 +3,7 @@
   python -m mimicnorm_jax.main --config configs/imagenet_resnet50.py
 
 Paper, validation accuracy in %: BatchNorm 76.48, MimicNorm 76.84, Fixup 72.40.
-Ours: not run yet, so neither are hardware and hours known. Images are resized and cropped at the
-centre; random crops of random size come with the TFDS source.
+Ours: not run yet, so neither are hardware and hours known.
 """
 
 from mimicnorm_jax.recipes import imagenet

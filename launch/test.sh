@@ -3,7 +3,7 @@
 # Arguments go to pytest, such as tests/layers.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-install dev
+install dev,prepare
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"

@@ -19,7 +19,7 @@ from mimicnorm_jax.methods import METHODS, Method, create_method
 from mimicnorm_jax.models import NETWORKS, network_options
 from mimicnorm_jax.precision import PRECISIONS
 
-DATA_SETS = ("digits", "folder", "synthetic", "tfds")
+DATA_SETS = ("digits", "folder", "idx", "synthetic", "tfds")
 SCHEDULES = ("multistep", "constant", "cosine", "linear")
 
 # Epochs are counted exactly, in millionths; more of them than this are a slip of the hand.
@@ -28,7 +28,10 @@ SHORTEST, LONGEST = 1e-6, 1e6
 # Fields that change what is watched or kept, not what is computed: a run may be
 # continued with another value of them. (The data themselves may move, not change: a run
 # remembers which images it was started with.)
-FREE_FIELDS = ("max_steps", "log_every", "checkpoint_every", "keep_checkpoints", "data.dir")
+FREE_FIELDS = (
+    *("max_steps", "log_every", "checkpoint_every", "keep_checkpoints"),
+    *("data.dir", "data.cache_gib", "data.threads", "data.processes"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,11 @@ def _each(allowed: str, check: Callable[[Any], bool]) -> dict[str, Any]:
     return {"allowed": allowed, "check": lambda values: all(check(v) for v in values)}
 
 
+def _pair(above: float, most: float) -> dict[str, Any]:
+    words = f"two numbers, the first not greater, each > {above:g} and <= {most:g}"
+    return {"allowed": words, "check": lambda v: len(v) == 2 and above < v[0] <= v[1] <= most}
+
+
 def _true_or_false() -> dict[str, Any]:
     return {"allowed": "true | false", "check": lambda v: isinstance(v, bool)}
 
@@ -124,16 +132,24 @@ FIELDS: dict[str, Field] = {
     "method_options.gain": Field(None, "mimicnorm: factor of the initial standard deviation of layers whose input is not rectified: the stem, and 1x1 convolutions after depthwise ones (unset: 1).", **_above(0), kind=float),
     "method_options.groups": Field(None, "weightstandardization: groups of each GroupNorm (unset: 32).", **_at_least(1), kind=int),
     "method_options.scalar_rate": Field(None, "Learning rate of scalar parameters as a multiple of the others' (unset: 0.1 for fixup, else 1).", **_above(0), kind=float),
-    "data.name": Field("digits", "The data set: scikit-learn's handwritten digits, images in class folders, random images with random labels, or a TFDS build.", DATA_SETS),
-    "data.dir": Field("", "folder: the directory with <split>/<class>/*.jpg; tfds: the data directory."),
+    "data.name": Field("digits", "The data set: scikit-learn's handwritten digits, images in class folders, MNIST's own files, random images with random labels, or a TFDS build.", DATA_SETS),
+    "data.dir": Field("", "folder: the directory with <split>/<class>/*.jpg; tfds: that of prepare_data; idx: that of train-images-idx3-ubyte.gz and its like."),
     "data.tfds_name": Field("", "tfds: name of the data set, such as cifar100."),
     "data.train_split": Field("train", "Name of the training split or its folder."),
     "data.test_split": Field("test", "Name of the test split or its folder."),
     "data.image_size": Field(32, "Height and width of the images in pixels; others are resized.", **_at_least(1, 8192)),
-    "data.cache_gib": Field(2.0, "folder: decode a split once and keep it in memory if it takes at most this many GiB.", **_at_least(0)),
+    "data.resize": Field(None, "folder, tfds: short side of an image before its centre is cropped to image_size (unset: image_size).", **_at_least(1, 8192), kind=int),
+    "data.upright": Field(True, "folder, tfds: turn images as their EXIF orientation says, which published ImageNet results do not.", **_true_or_false()),
+    "data.random_resized_crop": Field(False, "folder, tfds: train on crops of random size and shape, resized to image_size.", **_true_or_false()),
+    "data.crop_scale": Field((0.08, 1.0), "Least and greatest share of the area in such a crop.", **_pair(0, 1)),
+    "data.crop_ratio": Field((3 / 4, 4 / 3), "Least and greatest ratio of its width to its height.", **_pair(0, 100)),
+    "data.threads": Field(None, "folder, tfds: decoding threads in each process (unset: one a core).", **_at_least(1, 1024), kind=int),
+    "data.processes": Field(0, "folder, tfds: worker processes that decode; 0 decodes in the threads of the training process.", **_at_least(0, 1024)),
+    "data.cache_gib": Field(2.0, "folder, tfds: decode a split once and keep it in memory if it takes at most this many GiB.", **_at_least(0)),
     "data.mean": Field((), "Channel means for normalization, in units of 1; empty: measured on the training set.", **_each("numbers in [0, 1], one a channel", lambda x: 0 <= x <= 1)),
     "data.std": Field((), "Channel standard deviations, likewise.", **_each("positive numbers, one a channel", lambda x: 0 < x < math.inf)),
     "data.pad_crop": Field(0, "Zero pixels padded on each side before a random crop back to size.", **_at_least(0)),
+    "data.rotation": Field(0.0, "Random rotation by up to this many degrees either way, with zeros outside; the authors' code has 15 for CIFAR.", **_at_least(0, 180)),
     "data.flip": Field(False, "Random horizontal flip.", **_true_or_false()),
     "data.num_classes": Field(10, "synthetic: number of classes.", **_at_least(2)),
     "data.num_examples": Field(1024, "synthetic: examples in the training split; the test split has a quarter.", **_at_least(4)),
@@ -228,6 +244,18 @@ def _validate_data(config: ConfigDict) -> None:
         raise UserError(
             "config.data.dir is not set; data.name = 'folder' needs the directory that holds "
             f"{data.train_split}/<class>/*.jpg: --config.data.dir=DIR"
+        )
+    if data.name == "idx" and not data.dir:
+        raise UserError(
+            "config.data.dir is not set; data.name = 'idx' needs the directory that holds "
+            "train-images-idx3-ubyte.gz and its like: --config.data.dir=DIR"
+        )
+    if data.name == "tfds" and not data.tfds_name:
+        raise UserError("config.data.tfds_name is not set; data.name = 'tfds' needs one")
+    if data.resize is not None and data.resize < data.image_size:
+        raise UserError(
+            f"config.data.resize = {data.resize} is below "
+            f"config.data.image_size = {data.image_size}"
         )
     if len(data.mean) != len(data.std):
         raise UserError(

@@ -36,9 +36,8 @@ def cifar100() -> ConfigDict:
 def imagenet() -> ConfigDict:
     """ImageNet: 90 epochs, batch 256, weight decay 1e-4, images of 224 pixels.
 
-    The rate rises to 0.1 in 2 epochs and falls by 10 at epochs 30, 60 and 85. The paper's
-    random crops of random size, and 256 to 224 pixels in evaluation, are not part of it
-    yet: the only crop of large images is the central one.
+    The rate rises to 0.1 in 2 epochs and falls by 10 at epochs 30, 60 and 85. Training sees
+    random crops of random size, evaluation the central 224 of 256 pixels.
     """
     config = default_config()
     config.epochs = 90.0
@@ -48,6 +47,9 @@ def imagenet() -> ConfigDict:
     config.data.tfds_name = "imagenet2012"
     config.data.test_split = "validation"
     config.data.image_size = 224
+    config.data.resize = 256
+    config.data.upright = False
+    config.data.random_resized_crop = True
     config.data.flip = True
     config.data.mean = (0.485, 0.456, 0.406)
     config.data.std = (0.229, 0.224, 0.225)

@@ -23,7 +23,9 @@ FOLDER = ["--config.data.name=folder", "--config.data.image_size=8"]
 CASES = {
     "unknown method": Case(["--config.method=mimicnrom"], "did you mean 'mimicnorm'"),
     "unknown network": Case(["--config.network=resnet21"], "unknown config.network 'resnet21'"),
-    "unknown data set": Case(["--config.data.name=mnist"], "allowed: digits, folder, synthetic"),
+    "unknown data set": Case(
+        ["--config.data.name=mnist"], "allowed: digits, folder, idx, synthetic, tfds"
+    ),
     "unknown field": Case(["--config.lerning_rate=1"], "did you mean '--config.learning_rate'"),
     "unknown nested field": Case(["--config.data.dri=x"], "did you mean '--config.data.dir'"),
     "unknown flag": Case(["--wrkdir=x"], "Unknown command line flag 'wrkdir'"),
@@ -52,7 +54,15 @@ CASES = {
     "no split": Case([*FOLDER, "--config.data.dir={tmp}/raw"], "raw/train is not a folder"),
     "empty class": Case([*FOLDER, "--config.data.dir={tmp}/empty"], "train/dog has no images"),
     "corrupt image": Case([*FOLDER, "--config.data.dir={tmp}/corrupt"], "test/cat/1.jpg"),
-    "tfds for now": Case(["--config.data.name=tfds"], "cannot be read"),
+    "tfds without a name": Case(["--config.data.name=tfds"], "config.data.tfds_name is not set"),
+    "tfds not prepared": Case(
+        ["--config.data.dir={tmp}"],
+        "cifar100 has no prepared version; prepare it: python -m",
+        config="configs/cifar100_vgg16.py",
+    ),
+    "random crops of pixels": Case(
+        ["--config.data.random_resized_crop=True"], "digits holds pixels"
+    ),
     "name too long": Case([*FOLDER, f"--config.data.dir={'x' * 300}"], "File name too long"),
     "one class": Case([*FOLDER, "--config.data.dir={tmp}/one"], "a single class, cat"),
     "batch too small": Case(

@@ -6,11 +6,13 @@ global batch): it does not depend on which device holds the example.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.scipy.ndimage import map_coordinates
 
 
 def example_keys(seed: int, step: jax.Array, indices: jax.Array) -> jax.Array:
@@ -53,12 +55,47 @@ def random_flip(images: jax.Array, keys: jax.Array) -> jax.Array:
     return jnp.where(flips[:, None, None, None], images[:, :, ::-1], images)
 
 
-def augment(images: jax.Array, keys: jax.Array, *, pad_crop: int, flip: bool) -> jax.Array:
+def random_rotation(images: jax.Array, keys: jax.Array, *, degrees: float) -> jax.Array:
+    """Rotates each image about its centre, with zeros outside, interpolated bilinearly.
+
+    Args:
+      images: uint8 ``(B, H, W, C)``.
+      keys: ``(B,)``.
+      degrees: the angle is uniform in [-degrees, degrees].
+    """
+    _, height, width, _ = images.shape
+    limit = math.radians(degrees)
+    y, x = jnp.meshgrid(
+        jnp.arange(height) - (height - 1) / 2, jnp.arange(width) - (width - 1) / 2, indexing="ij"
+    )
+
+    def rotate(image: jax.Array, key: jax.Array) -> jax.Array:
+        angle = jax.random.uniform(key, minval=-limit, maxval=limit)
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        rows = cos * y - sin * x + (height - 1) / 2
+        columns = sin * y + cos * x + (width - 1) / 2
+
+        def sample(channel: jax.Array) -> jax.Array:
+            return map_coordinates(channel, [rows, columns], order=1, mode="constant")
+
+        return jax.vmap(sample, in_axes=-1, out_axes=-1)(image.astype(jnp.float32))
+
+    return jnp.round(jax.vmap(rotate)(images, keys)).astype(images.dtype)
+
+
+def augment(
+    images: jax.Array, keys: jax.Array, *, pad_crop: int, flip: bool, rotation: float = 0.0
+) -> jax.Array:
     """The training augmentation of ``config.data``; arguments as above."""
     crop_keys, flip_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
     if pad_crop:
         images = random_crop(images, crop_keys, padding=pad_crop)
-    return random_flip(images, flip_keys) if flip else images
+    if flip:
+        images = random_flip(images, flip_keys)
+    if rotation:
+        rotation_keys = jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys)
+        images = random_rotation(images, rotation_keys, degrees=rotation)
+    return images
 
 
 def normalize(

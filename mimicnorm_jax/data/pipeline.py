@@ -9,18 +9,36 @@ processes nor what ran before changes a batch.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
+from absl import flags
 
-from mimicnorm_jax.data.sources import ArraySource, Source
+from mimicnorm_jax.data.random_crop import RandomResizedCrop, uniforms
+from mimicnorm_jax.data.sources import ArraySource, EncodedSource, Source
 
 Batch = dict[str, np.ndarray]
+S = TypeVar("S")
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """Who decodes, where the examples are not in memory.
+
+    Attributes:
+      threads: in each process; each makes a whole batch. Decoding leaves Python's lock free.
+      processes: beside this one; 0 to decode in this process.
+    """
+
+    threads: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2
+    processes: int = 0
 
 
 @functools.lru_cache(maxsize=2)
@@ -40,7 +58,8 @@ class Pipeline:
       seed: decides the order.
       process_index: which part of each batch this process reads.
       process_count: into how many parts a batch is cut.
-      workers: decoding threads, where the source is not in memory.
+      crop: random crops of an encoded source; default: the centre, as in evaluation.
+      workers: who decodes.
     """
 
     def __init__(
@@ -51,21 +70,24 @@ class Pipeline:
         seed: int,
         process_index: int = 0,
         process_count: int = 1,
-        workers: int = 8,
+        crop: RandomResizedCrop | None = None,
+        workers: Workers = Workers(),
     ):
         if batch_size % process_count:
             raise ValueError(
                 f"batch_size={batch_size} does not divide by {process_count} processes"
             )
+        if crop is not None and not isinstance(source, EncodedSource):
+            raise ValueError("random crops of random size need an encoded source")
         self.source = source
         self.batch_size = batch_size
         self.seed = seed
+        self._crop = crop
+        self._workers = workers
         self._part = slice(
             process_index * batch_size // process_count,
             (process_index + 1) * batch_size // process_count,
         )
-        self._workers = workers
-        self._pool: ThreadPoolExecutor | None = None
 
     def steps(self, epochs: float) -> Fraction:
         """Exactly how many steps ``epochs`` are: N / B each, which is seldom whole.
@@ -86,46 +108,103 @@ class Pipeline:
         return indices
 
     def batch(self, step: int) -> Batch:
-        """This process's part of a step: ``image`` uint8 (b, H, W, C), ``label`` int32 (b,)."""
-        return self._gather(self.indices(step)[self._part])
+        """This process's part of a step: ``image`` uint8 (b, H, W, C), ``label`` int32 (b,).
+
+        Raises:
+          UserError: an image is damaged.
+        """
+        indices = self.indices(step)[self._part]
+        if self._crop is None:
+            return self._gather(indices)
+        positions = range(self._part.start, self._part.stop)
+        return _stack([self._cropped(step, *pair) for pair in zip(positions, indices, strict=True)])
+
+    def _cropped(self, step: int, position: int, index: int) -> tuple[np.ndarray, int]:
+        source, crop = self.source, self._crop
+        assert crop is not None
+        assert isinstance(source, EncodedSource)
+        u = uniforms(self.seed, step, position, crop.draws)
+        return source.cropped(index, lambda height, width: crop.choose(height, width, u))
 
     def _gather(self, indices: np.ndarray) -> Batch:
         if isinstance(self.source, ArraySource):
-            return {"image": self.source.images[indices], "label": self.source.labels[indices]}
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._workers)
-        examples = list(self._pool.map(self.source.__getitem__, indices))
-        images, labels = zip(*examples, strict=True)
-        return {"image": np.stack(images), "label": np.array(labels, np.int32)}
+            # take() with "wrap" writes into its result without a buffer for the case of an error
+            image = np.take(self.source.images, indices, axis=0, mode="wrap")
+            return {"image": image, "label": self.source.labels[indices]}
+        return _stack([self.source[index] for index in indices])
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of steps ``start`` to ``stop - 1``, decoded ahead by the workers.
+
+        Raises:
+          UserError: an image is damaged.
+          RuntimeError: a worker process died.
+        """
+        return self._ahead(self.batch, start, stop)
 
     def evaluation_batches(self) -> Iterator[Batch]:
         """The source in order, once; the last batch is padded.
 
         ``mask`` float32 (b,) is 1 for an example and 0 for padding.
         """
+        return self._ahead(self._evaluation_batch, 0, -(-len(self.source) // self.batch_size))
+
+    def _evaluation_batch(self, number: int) -> Batch:
         size, whole = len(self.source), self.batch_size
-        for start in range(0, size, whole):
-            positions = np.arange(start, start + whole)[self._part]
-            batch = self._gather(np.minimum(positions, size - 1))
-            yield batch | {"mask": (positions < size).astype(np.float32)}
+        positions = np.arange(number * whole, (number + 1) * whole)[self._part]
+        batch = self._gather(np.minimum(positions, size - 1))
+        return batch | {"mask": (positions < size).astype(np.float32)}
+
+    def _ahead(self, make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
+        if not isinstance(self.source, EncodedSource) or start == stop:
+            yield from map(make, range(start, stop))
+            return
+        import grain  # takes a second, and data in memory do not need it
+
+        workers = self._workers
+        dataset = grain.MapDataset.range(start, stop).map(make)
+        # As many batches are kept as are made at a time: that bounds the memory.
+        options = grain.ReadOptions(
+            num_threads=workers.threads, prefetch_buffer_size=workers.threads
+        )
+        iterable = dataset.to_iter_dataset(options)
+        if workers.processes:
+            if not flags.FLAGS.is_parsed():  # in a notebook; Grain reads them
+                flags.FLAGS.mark_as_parsed()
+            iterable = iterable.mp_prefetch(
+                grain.MultiprocessingOptions(
+                    num_workers=workers.processes, per_worker_buffer_size=1
+                )
+            )
+        yield from iterable
 
 
-def prefetch(produce: Callable[[int], T], start: int, stop: int, *, depth: int = 2) -> Iterator[T]:
-    """``produce(start), …, produce(stop - 1)``, computed ``depth`` ahead in one thread.
+def _stack(examples: list[tuple[np.ndarray, int]]) -> Batch:
+    images, labels = zip(*examples, strict=True)
+    return {"image": np.stack(images), "label": np.array(labels, np.int32)}
+
+
+def prefetch(
+    items: Iterable[S], place: Callable[[S], T], *, depth: int = 2
+) -> Generator[T, None, None]:
+    """``place(item)`` for every item, ``depth`` of them ahead, in one thread.
 
     Args:
-      produce: makes the item of a step; its exception is raised where the item is taken.
-      start: first step.
-      stop: step after the last.
+      items: such as batches; what they raise is raised where the item is taken.
+      place: such as the transfer to the devices.
       depth: how many items are kept ready, which bounds the memory.
     """
+    remaining = iter(items)
+
+    def take() -> list[T]:
+        for item in remaining:
+            return [place(item)]
+        return []
+
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as pool:
-        waiting: collections.deque[Future[Any]] = collections.deque()
-        upcoming = iter(range(start, stop))
-        for step in upcoming:
-            waiting.append(pool.submit(produce, step))
-            if len(waiting) < depth:
-                continue
-            yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        waiting: collections.deque[Future[list[T]]] = collections.deque(
+            pool.submit(take) for _ in range(depth)
+        )
+        while item := waiting.popleft().result():
+            yield from item
+            waiting.append(pool.submit(take))

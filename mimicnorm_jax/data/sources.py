@@ -1,10 +1,11 @@
-"""Random-access sources of uint8 images and labels."""
+"""What a data set is to the pipeline: random access to uint8 images and labels."""
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 import functools
 import hashlib
-import pathlib
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,13 +13,11 @@ from typing import Protocol
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from mimicnorm_jax.errors import UserError, refused_by_system, unknown
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-_DIGITS_TEST_EXAMPLES = 360
+from mimicnorm_jax.data import images
+from mimicnorm_jax.data.images import CropChoice
+from mimicnorm_jax.errors import UserError
 
 
 class Source(Protocol):
@@ -61,6 +60,9 @@ class ArraySource:
         class_names: list[str],
         identity: str | None = None,
     ):
+        if len(labels) and not 0 <= labels.min() <= labels.max() < len(class_names):
+            wrong = labels.min() if labels.min() < 0 else labels.max()
+            raise UserError(f"a label is {wrong}; there are {len(class_names)} classes")
         self.images = images
         self._identity = identity
         self.labels = labels.astype(np.int32)
@@ -77,105 +79,103 @@ class ArraySource:
     def identity(self) -> str:
         if self._identity is not None:
             return self._identity
-        return _digest([str(self.image_shape).encode(), self.images, self.labels])
+        return digest([str(self.image_shape).encode(), self.images, self.labels])
 
 
-def _digest(parts: Iterable[bytes | np.ndarray]) -> str:
+def digest(parts: Iterable[bytes | np.ndarray]) -> str:
+    """SHA-256 of all parts, one after the other."""
     sha = hashlib.sha256()
     for part in parts:
         sha.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
     return sha.hexdigest()
 
 
-class FolderSource:
-    """A split stored as ``directory/<class>/*.{jpg,jpeg,png}``, decoded when asked for.
+@dataclasses.dataclass(frozen=True)
+class View:
+    """How the images of an ``EncodedSource`` become arrays of one size.
 
-    Every image is turned upright (EXIF) and becomes 8-bit RGB; one that is not square of
-    ``image_size`` is resized on its short side and cropped at the centre.
-
-    Args:
-      directory: the split's folder.
-      image_size: height and width in pixels.
-
-    Raises:
-      UserError: a folder that does not exist or may not be read, has fewer than two
-        class folders, or has a class folder without images.
+    Attributes:
+      size: height and width in pixels.
+      resize: the short side before the crop at the centre.
+      upright: turn an image as its EXIF orientation says.
     """
 
-    def __init__(self, directory: str | pathlib.Path, image_size: int):
-        self.directory = pathlib.Path(directory)
-        self.image_shape: tuple[int, int, int] = (image_size, image_size, 3)
-        self.class_names: list[str] = []
-        self.paths: list[pathlib.Path] = []
-        labels: list[int] = []
-        with refused_by_system(f"cannot read folder {directory}"):
-            for label, folder in enumerate(self._class_folders()):
-                images = sorted(
-                    path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES
-                )
-                if not images:
-                    suffixes = ", ".join(IMAGE_SUFFIXES)
-                    raise UserError(f"class folder {folder} has no images ({suffixes})")
-                self.class_names.append(folder.name)
-                self.paths += images
-                labels += [label] * len(images)
-        self.labels = np.array(labels, np.int32)
+    size: int
+    resize: int
+    upright: bool
 
-    def _class_folders(self) -> list[pathlib.Path]:
-        expected = f"expected {self.directory}/<class>/*.jpg"
-        if not self.directory.is_dir():
-            raise UserError(f"{self.directory} is not a folder; {expected}")
-        folders = sorted(path for path in self.directory.iterdir() if path.is_dir())
-        if not folders:
-            raise UserError(f"{self.directory} has no class folders; {expected}")
-        if len(folders) == 1:
-            raise UserError(
-                f"{self.directory} has a single class, {folders[0].name}: nothing to learn; "
-                f"{expected}"
-            )
-        return folders
+    @classmethod
+    def of(cls, data: ConfigDict) -> View:
+        """The view that ``config.data`` describes."""
+        return cls(data.image_size, data.resize or data.image_size, data.upright)
 
-    @functools.cached_property
+
+class EncodedSource(abc.ABC):
+    """A split of image files, or records, that are decoded when asked for.
+
+    Args:
+      class_names: the classes, in the order of their labels.
+      view: what the images become.
+      channels: 3, or 1 where all images are grey.
+    """
+
+    def __init__(self, class_names: list[str], view: View, *, channels: int = 3):
+        self.class_names = class_names
+        self.view = view
+        self.image_shape: tuple[int, int, int] = (view.size, view.size, channels)
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def read(self, index: int) -> tuple[bytes, int]:
+        """The encoded image and the label of one example."""
+
+    @abc.abstractmethod
+    def describe(self, index: int) -> str:
+        """Where an example is stored, for people."""
+
+    @property
+    @abc.abstractmethod
     def identity(self) -> str:
-        # all names, and some sizes: asking for a million of them would take minutes
-        names = (str(path.relative_to(self.directory)).encode() + b"\n" for path in self.paths)
-        chosen = np.linspace(0, len(self) - 1, min(1000, len(self))).astype(int)
-        sizes = np.array([self.paths[index].stat().st_size for index in chosen])
-        return _digest([*names, sizes])
-
-    def __len__(self) -> int:
-        return len(self.paths)
+        """See ``Source``."""
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """Decodes one image; raises ``UserError`` with its path if it is damaged."""
-        path = self.paths[index]
+        """The centre of an image, as in evaluation, and its label.
+
+        Raises:
+          UserError: the image is damaged, or its label is none; says where it is.
+        """
+        view = self.view
+
+        def centre(data: bytes) -> np.ndarray:
+            whole = images.decode(data, upright=view.upright)
+            return images.centre_crop(whole, view.size, view.resize)
+
+        return self._example(index, centre)
+
+    def cropped(self, index: int, choose: CropChoice) -> tuple[np.ndarray, int]:
+        """A crop of an image, resized, and its label; raises ``UserError`` as above."""
+        view = self.view
+        return self._example(
+            index,
+            lambda data: images.decode_crop(data, choose, view.size, upright=view.upright),
+        )
+
+    def _example(self, index: int, decode: Callable[[bytes], np.ndarray]) -> tuple[np.ndarray, int]:
         try:
-            with Image.open(path) as image:
-                square = _square(_rgb(image), self.image_shape[0])
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = str(error).replace(str(path), "the file").splitlines()[0]
-            raise UserError(f"cannot read image {path}: {reason}") from error
-        return np.asarray(square, np.uint8), int(self.labels[index])
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """The image upright, in 8-bit RGB."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
-def _square(image: Image.Image, size: int) -> Image.Image:
-    if image.size == (size, size):
-        return image
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    resized = image.resize((width, height), Image.Resampling.BILINEAR)
-    return resized.crop((left, top, left + size, top + size))
+            data, label = self.read(index)
+            image = decode(data)
+        except images.DECODING_ERRORS as error:
+            where = self.describe(index)
+            reason = (str(error).replace(where, "it").splitlines() or [type(error).__name__])[0]
+            raise UserError(f"cannot read image {where}: {reason}") from error
+        if not 0 <= label < len(self.class_names):
+            raise UserError(
+                f"the label of {self.describe(index)} is {label}; there are "
+                f"{len(self.class_names)} classes"
+            )
+        return image[..., : self.image_shape[-1]], label
 
 
 def cache(source: Source, *, description: str, workers: int = 8) -> ArraySource:
@@ -186,11 +186,11 @@ def cache(source: Source, *, description: str, workers: int = 8) -> ArraySource:
       description: shown beside the progress.
       workers: decoding threads.
     """
-    images = np.empty((len(source), *source.image_shape), np.uint8)
+    pixels = np.empty((len(source), *source.image_shape), np.uint8)
     labels = np.empty(len(source), np.int32)
 
     def load(index: int) -> None:
-        images[index], labels[index] = source[index]
+        pixels[index], labels[index] = source[index]
 
     with ThreadPoolExecutor(workers) as pool:
         done = pool.map(load, range(len(source)))
@@ -198,97 +198,7 @@ def cache(source: Source, *, description: str, workers: int = 8) -> ArraySource:
             done, description, len(source), unit="image", disable=not sys.stderr.isatty()
         ):
             pass
-    return ArraySource(images, labels, source.class_names, source.identity)
-
-
-def _digits(data: ConfigDict) -> tuple[Source, Source]:
-    from sklearn.datasets import load_digits  # slow to import, and needed only here
-    from sklearn.model_selection import train_test_split
-
-    raw = load_digits()
-    grey = np.round(raw.images * (255 / 16)).astype(np.uint8)
-    size = data.image_size
-    images = np.stack([np.asarray(_square(Image.fromarray(image), size)) for image in grey])
-    train, test = train_test_split(
-        np.arange(len(grey)), test_size=_DIGITS_TEST_EXAMPLES, stratify=raw.target, random_state=0
-    )
-    names = [str(digit) for digit in raw.target_names]
-
-    def split(indices: np.ndarray) -> ArraySource:
-        return ArraySource(images[indices][..., None], raw.target[indices], names)
-
-    return split(train), split(test)
-
-
-def _folder(data: ConfigDict) -> tuple[Source, Source]:
-    root = pathlib.Path(data.dir).expanduser()
-    with refused_by_system(f"config.data.dir = {data.dir!r} cannot be read"):
-        if not root.is_dir():
-            raise UserError(f"config.data.dir = {data.dir!r} is not a folder")
-    train, test = (
-        FolderSource(root / split, data.image_size) for split in (data.train_split, data.test_split)
-    )
-    if train.class_names != test.class_names:
-        differing = sorted(set(train.class_names) ^ set(test.class_names))
-        raise UserError(
-            f"the classes of {root / data.train_split} and {root / data.test_split} differ: "
-            f"{', '.join(differing[:5])}"
-        )
-    splits = []
-    for name, split in ((data.train_split, train), (data.test_split, test)):
-        gib = len(split) * np.prod(split.image_shape) / 2**30
-        fits = gib <= data.cache_gib
-        splits.append(cache(split, description=f"decoding {name}") if fits else split)
-    return splits[0], splits[1]
-
-
-def _synthetic(data: ConfigDict) -> tuple[Source, Source]:
-    print(
-        "WARNING: data.name = 'synthetic': images AND LABELS ARE RANDOM; "
-        "no accuracy of this run means anything",
-        file=sys.stderr,
-    )
-    generator = np.random.default_rng(0)
-    names = [str(label) for label in range(data.num_classes)]
-
-    def split(examples: int) -> ArraySource:
-        shape = (examples, data.image_size, data.image_size, 3)
-        images = generator.integers(0, 256, shape, np.uint8)
-        return ArraySource(images, generator.integers(0, data.num_classes, examples), names)
-
-    return split(data.num_examples), split(data.num_examples // 4)
-
-
-def _tfds(data: ConfigDict) -> tuple[Source, Source]:
-    raise UserError(
-        f"config.data.name = 'tfds' ({data.tfds_name}) cannot be read by this version; export "
-        "the images to folders and use --config.data.name=folder --config.data.dir=DIR"
-    )
-
-
-SOURCES: dict[str, Callable[[ConfigDict], tuple[Source, Source]]] = {
-    "digits": _digits,
-    "folder": _folder,
-    "synthetic": _synthetic,
-    "tfds": _tfds,
-}
-
-
-def open_splits(data: ConfigDict) -> tuple[Source, Source]:
-    """Opens the training and the test split of ``config.data``.
-
-    Raises:
-      UserError: what is missing or damaged, by path.
-    """
-    if data.name not in SOURCES:
-        raise unknown("config.data.name", data.name, SOURCES)
-    train, test = SOURCES[data.name](data)
-    channels = train.image_shape[-1]
-    if data.mean and len(data.mean) != channels:
-        raise UserError(
-            f"config.data.mean has {len(data.mean)} values, but the images have {channels} channels"
-        )
-    return train, test
+    return ArraySource(pixels, labels, source.class_names, source.identity)
 
 
 def channel_statistics(source: Source, *, at_most: int = 10_000) -> tuple[np.ndarray, np.ndarray]:

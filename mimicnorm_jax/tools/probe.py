@@ -30,7 +30,7 @@ from mimicnorm_jax import command_line
 from mimicnorm_jax.config import method_of, validate
 from mimicnorm_jax.data.augment import normalize
 from mimicnorm_jax.data.pipeline import Pipeline
-from mimicnorm_jax.data.sources import open_splits
+from mimicnorm_jax.data.splits import open_splits
 from mimicnorm_jax.errors import UserError, refused_by_system, unknown
 from mimicnorm_jax.methods import METHODS
 from mimicnorm_jax.precision import resolve_precision
@@ -43,7 +43,9 @@ from mimicnorm_jax.train.workdir import other_fields
 _METHODS = flags.DEFINE_list("methods", None, "Methods to compare (default: config.method).")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Probe the latest state of this run.")
 _IMAGES = flags.DEFINE_integer("images", 32, "Training images to look at.", 2)
-_DRAWS = flags.DEFINE_integer("draws", 1, "Initializations to average over.", 1)
+_DRAWS = flags.DEFINE_integer(
+    "draws", 1, "Initializations to average over; the gradient is of the first.", 1
+)
 _PLOT = flags.DEFINE_string("plot", "probe.png", "Where the picture goes; empty for none.")
 _JSON = flags.DEFINE_string("json", None, "Where the numbers go; unset for nowhere.")
 
@@ -65,7 +67,7 @@ class Row:
 
 
 def average(draws: Sequence[Layer]) -> Row:
-    """The same layer in several initializations; the quantiles are of the first."""
+    """The same layer in several initializations; quantiles and gradient are of the first."""
     measured = [layer.measured for layer in draws]
 
     def mean(values: list[Any]) -> float:
@@ -128,7 +130,8 @@ def probe(
                 watched.load(trained)
             elif draw:
                 watched.draw((config.seed + draw) % 2**32)
-            layers.append(watched.layers(inputs, labels))
+            # the gradient takes most of the time, and one of it shows what there is to see
+            layers.append(watched.layers(inputs, None if draw else labels))
             progress.update()
         rows[name] = [average(same) for same in zip(*layers, strict=True)]
     progress.close()

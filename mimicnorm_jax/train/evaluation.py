@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from mimicnorm_jax.data.pipeline import Pipeline
+from mimicnorm_jax.data.pipeline import Pipeline, prefetch
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.parallel import shard_batch
 from mimicnorm_jax.train.setup import Experiment
@@ -24,7 +24,7 @@ from mimicnorm_jax.train.state import TrainState
 def _batches(experiment: Experiment, split: Pipeline, description: str) -> Iterator[Any]:
     """The whole split in order, on the devices, with its progress on a terminal."""
     yield from tqdm(
-        (shard_batch(batch, experiment.mesh) for batch in split.evaluation_batches()),
+        prefetch(split.evaluation_batches(), lambda batch: shard_batch(batch, experiment.mesh)),
         description,
         math.ceil(split.steps(1)),
         leave=False,

@@ -209,7 +209,7 @@ class _Loop:
             self._progress.say("compiling the training step …")
         try:
             with _stop_signals() as stop:
-                for batch in prefetch(self._next_batch, self._step, total):
+                for batch in self._batches():
                     self._advance(batch)
                     if stop and self._step < total:
                         self._check_state()
@@ -224,8 +224,18 @@ class _Loop:
             self._writer.close()
             self._progress.close()
 
-    def _next_batch(self, step: int) -> Any:
-        return shard_batch(self._experiment.train_data.batch(step), self._experiment.mesh)
+    def _batches(self) -> Iterator[Any]:
+        """The batches that remain, on the devices; times how long they are waited for."""
+        experiment = self._experiment
+        host = experiment.train_data.batches(self._step, experiment.total_steps)
+        ahead = prefetch(host, lambda batch: shard_batch(batch, experiment.mesh))
+        with contextlib.closing(ahead):
+            while True:
+                with self._throughput.waiting():
+                    batch = next(ahead, None)
+                if batch is None:
+                    return
+                yield batch
 
     def _advance(self, batch: Any) -> None:
         self._state, metrics = self._experiment.train_step(self._state, batch)
@@ -307,6 +317,7 @@ class _Loop:
             "learning_rate": rows[-1]["learning_rate"],
             "gradient_norm": rows[-1]["gradient_norm"],
             "images_per_second": self._throughput.rate(),
+            "input_wait_fraction": self._throughput.wait_fraction,
         }
         self._writer.write(row)
         self._progress.show(row)

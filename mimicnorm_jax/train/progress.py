@@ -89,9 +89,16 @@ def _clock(seconds: float) -> str:
 
 
 class Throughput:
-    """Images per second of training, without compilation, evaluation and checkpoints."""
+    """Images per second of training, without compilation, evaluation and checkpoints.
+
+    Attributes:
+      wait_fraction: share of the time that the host waited for input, between the last two
+        calls of ``rate``; None before any.
+    """
 
     def __init__(self) -> None:
+        self.wait_fraction: float | None = None
+        self._waited = 0.0
         self._since = time.monotonic()
         self._images = self._total_images = 0
         self._rate: float | None = None
@@ -101,6 +108,7 @@ class Throughput:
         """Forgets what came before; returns how many seconds that was."""
         before, self._since = self._since, time.monotonic()
         self._images = 0
+        self._waited = 0.0
         return self._since - before
 
     def add(self, images: int) -> None:
@@ -114,10 +122,19 @@ class Throughput:
         yield
         self._since += time.monotonic() - start
 
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time spent in the ``with`` block as waiting for input."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
     def rate(self) -> float | None:
         """Images per second since the last call, else the last rate; None before any."""
         if self._images:
-            images, seconds = self._images, self.restart()
+            images, waited = self._images, self._waited
+            seconds = self.restart()
+            self.wait_fraction = waited / seconds
             self._rate = images / seconds
             self._total_images += images
             self._total_seconds += seconds

@@ -14,8 +14,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mimicnorm_jax.config import method_of, network_options_of, validate
-from mimicnorm_jax.data.pipeline import Pipeline
-from mimicnorm_jax.data.sources import Source, channel_statistics, open_splits
+from mimicnorm_jax.data.pipeline import Pipeline, Workers
+from mimicnorm_jax.data.random_crop import RandomResizedCrop
+from mimicnorm_jax.data.sources import Source, channel_statistics
+from mimicnorm_jax.data.splits import open_splits
 from mimicnorm_jax.models import create_model
 from mimicnorm_jax.parallel import (
     DATA_AXIS,
@@ -108,6 +110,17 @@ def normalization(config: ConfigDict, train: Source) -> dict[str, tuple[float, .
     return {"mean": tuple(mean.tolist()), "std": tuple(std.tolist())}
 
 
+def pipelines(config: ConfigDict, train: Source, test: Source) -> tuple[Pipeline, Pipeline]:
+    """The configured pipelines of the two splits."""
+    data = config.data
+    crop = None
+    if data.random_resized_crop:
+        crop = RandomResizedCrop(tuple(data.crop_scale), tuple(data.crop_ratio))
+    workers = Workers(data.threads or Workers.threads, data.processes)
+    common = {"batch_size": config.batch_size, "seed": config.seed, "workers": workers}
+    return Pipeline(train, crop=crop, **common), Pipeline(test, **common)
+
+
 def set_up(config: ConfigDict) -> Experiment:
     """Builds a run from its configuration.
 
@@ -128,8 +141,7 @@ def set_up(config: ConfigDict) -> Experiment:
         return create_model(method=method, rngs=nnx.Rngs(config.seed), **arguments)
 
     network, initial_values = split_network(create)
-    train_data = Pipeline(train, batch_size=config.batch_size, seed=config.seed)
-    test_data = Pipeline(test, batch_size=config.batch_size, seed=config.seed)
+    train_data, test_data = pipelines(config, train, test)
     epoch_steps = math.ceil(train_data.steps(config.epochs))
     schedule = make_schedule(config, train_data.steps, epoch_steps)
     abstract_params, _ = jax.eval_shape(initial_values)

@@ -59,7 +59,8 @@ def make_train_step(
         local = images.shape[0]
         indices = lax.axis_index(DATA_AXIS) * local + jnp.arange(local)
         keys = jax.vmap(jax.random.split)(example_keys(config.seed, state.step, indices))
-        images = augment(images, keys[:, 0], pad_crop=data.pad_crop, flip=data.flip)
+        augmentation = {name: data[name] for name in ("pad_crop", "flip", "rotation")}
+        images = augment(images, keys[:, 0], **augmentation)
         images = normalize(images, mean=mean, std=std, dtype=precision.param_dtype)
 
         def loss_of(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:

@@ -3,7 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mimicnorm_jax.data.augment import augment, example_keys, normalize, random_crop, random_flip
+from mimicnorm_jax.data.augment import (
+    augment,
+    example_keys,
+    normalize,
+    random_crop,
+    random_flip,
+    random_rotation,
+)
 
 
 @pytest.fixture
@@ -86,3 +93,47 @@ def test_normalization_is_in_units_of_one(images):
     got = normalize(images, mean=mean, std=std, dtype=jnp.dtype("float32"))
     expected = (np.asarray(images) / 255.0 - np.array(mean)) / np.array(std)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+class TestRotation:
+    def test_it_is_that_of_scipy_about_the_centre(self):
+        from scipy.ndimage import map_coordinates
+
+        images = np.random.default_rng(0).integers(0, 256, (6, 9, 12, 2), np.uint8)
+        got = random_rotation(jnp.asarray(images), keys(6), degrees=15.0)
+        angles = jax.vmap(
+            lambda key: jax.random.uniform(key, minval=-np.pi / 12, maxval=np.pi / 12)
+        )(keys(6))
+        y, x = np.mgrid[:9, :12] - np.array([4.0, 5.5])[:, None, None]
+        for image, angle, rotated in zip(images, np.asarray(angles, float), got, strict=True):
+            rows = np.cos(angle) * y - np.sin(angle) * x + 4.0
+            columns = np.sin(angle) * y + np.cos(angle) * x + 5.5
+            for channel in range(2):
+                expected = map_coordinates(
+                    image[..., channel].astype(float),
+                    [rows, columns],
+                    order=1,
+                    mode="grid-constant",
+                )
+                assert np.abs(rotated[..., channel] - expected).max() < 1.0
+
+    def test_angles_fill_their_range_and_differ(self):
+        image = np.zeros((33, 33, 1), np.uint8)
+        image[:, 16] = 255  # a line, whose direction tells the angle
+        rotated = random_rotation(jnp.tile(image, (200, 1, 1, 1)), keys(200), degrees=15.0)
+        weight = np.asarray(rotated[..., 0], float)
+        y, x = np.mgrid[:33, :33] - 16
+        angles = np.degrees(np.arctan((weight * x * y).sum((1, 2)) / (weight * y * y).sum((1, 2))))
+        assert np.abs(angles).max() < 15.5
+        assert angles.max() > 13 and angles.min() < -13
+        assert abs(angles.mean()) < 2 and len(np.unique(angles.round(3))) > 150
+
+    def test_without_it_nothing_changes(self):
+        images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8))
+        options = {"pad_crop": 1, "flip": True}
+        np.testing.assert_array_equal(
+            augment(images, keys(4), **options), augment(images, keys(4), **options, rotation=0.0)
+        )
+        rotated = augment(images, keys(4), **options, rotation=30.0)
+        assert rotated.dtype == jnp.uint8
+        assert not np.array_equal(rotated, augment(images, keys(4), **options))

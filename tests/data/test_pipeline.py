@@ -1,11 +1,19 @@
+import hashlib
+import io
+import multiprocessing
+import os
+import signal
 import threading
 import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from mimicnorm_jax.data.pipeline import Pipeline, prefetch
-from mimicnorm_jax.data.sources import ArraySource
+from mimicnorm_jax.data.pipeline import Pipeline, Workers, prefetch
+from mimicnorm_jax.data.random_crop import RandomResizedCrop, uniforms
+from mimicnorm_jax.data.sources import ArraySource, EncodedSource, View
+from mimicnorm_jax.errors import UserError
 
 N, B = 103, 16  # the batch does not divide the data set
 
@@ -16,18 +24,30 @@ def source():
     return ArraySource(images, np.arange(N), [str(i) for i in range(N)])
 
 
-class Lazy:
-    """The same examples, read one by one."""
+class Encoded(EncodedSource):
+    """The same examples as PNG files that exist in memory alone."""
+
+    identity = "encoded"
 
     def __init__(self, source):
+        super().__init__(source.class_names, View(size=2, resize=2, upright=True), channels=1)
         self._source = source
-        self.class_names, self.image_shape = source.class_names, source.image_shape
 
     def __len__(self):
         return len(self._source)
 
-    def __getitem__(self, index):
-        return self._source[index]
+    def read(self, index):
+        image, label = self._source[index]
+        return as_png(image[..., 0]), label
+
+    def describe(self, index):
+        return f"example {index}"
+
+
+def as_png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
 
 
 def labels(pipeline, steps):
@@ -75,7 +95,7 @@ def test_the_parts_of_all_processes_put_together_are_the_batch(source, count):
 
 
 def test_reading_one_by_one_gives_the_same_batches(source):
-    eager, lazy = (Pipeline(s, batch_size=B, seed=0) for s in (source, Lazy(source)))
+    eager, lazy = (Pipeline(s, batch_size=B, seed=0) for s in (source, Encoded(source)))
     for step in (0, 6):
         for name in ("image", "label"):
             np.testing.assert_array_equal(eager.batch(step)[name], lazy.batch(step)[name])
@@ -98,30 +118,133 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_an_error(source):
         Pipeline(source, batch_size=B, seed=0, process_count=3)
 
 
+def shas(batches):
+    return [
+        hashlib.sha256(b["image"].tobytes() + b["label"].tobytes()).hexdigest() for b in batches
+    ]
+
+
+class Photos(Encoded):
+    """Every example is a noise image of its own; some can be made bad."""
+
+    def __init__(self, source, *, bad=None, deadly=None):
+        super().__init__(source)
+        self.view = View(size=4, resize=4, upright=True)
+        self.image_shape = (4, 4, 1)
+        self.bad, self.deadly = bad, deadly
+
+    def read(self, index):
+        if index == self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
+        pixels = np.random.default_rng(index).integers(0, 256, (12, 9), np.uint8)
+        data = as_png(pixels)
+        return (data[:60] if index == self.bad else data), int(index)
+
+
+WORKERS = [Workers(threads=1), Workers(threads=3), Workers(threads=1, processes=2)]
+
+
+class TestRandomCropsByStep:
+    def pipeline(self, source, **options):
+        return Pipeline(source, batch_size=B, seed=5, crop=RandomResizedCrop(), **options)
+
+    @pytest.mark.parametrize("workers", WORKERS, ids=["thread", "threads", "processes"])
+    def test_workers_change_nothing(self, source, workers):
+        photos = Photos(source)
+        expected = shas(self.pipeline(photos).batch(step) for step in range(3, 12))
+        got = shas(self.pipeline(photos, workers=workers).batches(3, 12))
+        assert got == expected
+        assert len(set(expected)) == 9
+
+    def test_an_example_is_cropped_otherwise_in_every_epoch(self, source):
+        pipeline = self.pipeline(Photos(source))
+        epochs = [{}, {}]
+        for step in range(2 * N // B):
+            batch, indices = pipeline.batch(step), pipeline.indices(step)
+            for image, index in zip(batch["image"], indices, strict=True):
+                epoch = epochs[int(index in epochs[0])]
+                epoch[int(index)] = image.tobytes()
+        both = epochs[0].keys() & epochs[1].keys()
+        assert len(both) > N // 2
+        assert np.mean([epochs[0][i] == epochs[1][i] for i in both]) < 0.05
+
+    @pytest.mark.parametrize("count", [2, 4])
+    def test_processes_put_together_see_the_same_crops(self, source, count):
+        photos = Photos(source)
+        parts = [self.pipeline(photos, process_index=i, process_count=count) for i in range(count)]
+        whole = self.pipeline(photos)
+        for step in (0, 6, 7):  # an epoch ends within step 6
+            for name in ("image", "label"):
+                together = np.concatenate([part.batch(step)[name] for part in parts])
+                np.testing.assert_array_equal(together, whole.batch(step)[name])
+
+    def test_the_crops_are_pinned(self, source):
+        """Published runs hang on them: they may not change with a version of NumPy."""
+        crop = RandomResizedCrop()
+        u = uniforms(0, 3, 7, crop.draws)
+        assert u[:2].tolist() == [0.683942640471505, 0.3001718739000184]
+        assert crop.choose(375, 500, u) == (2, 124, 249, 202)
+
+    def test_evaluation_is_in_order_with_any_workers(self, source):
+        for workers in WORKERS:
+            pipeline = Pipeline(Photos(source), batch_size=B, seed=0, workers=workers)
+            batches = list(pipeline.evaluation_batches())
+            seen = np.concatenate([b["label"][b["mask"] == 1] for b in batches])
+            np.testing.assert_array_equal(seen, np.arange(N))
+
+    @pytest.mark.parametrize("workers", WORKERS[1:], ids=["threads", "processes"])
+    def test_a_damaged_image_is_named_wherever_it_is_decoded(self, source, workers):
+        pipeline = self.pipeline(Photos(source, bad=17), workers=workers)
+        with pytest.raises(UserError, match="cannot read image example 17: "):
+            list(prefetch(pipeline.batches(0, 20), lambda batch: batch))
+
+    def test_a_worker_process_that_dies_is_reported(self, source):
+        pipeline = self.pipeline(Photos(source, deadly=17), workers=WORKERS[2])
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match="exit code -9"):
+            list(prefetch(pipeline.batches(0, 20), lambda batch: batch))
+        assert time.monotonic() - start < 60
+
+    def test_worker_processes_end_with_their_iterator(self, source):
+        pipeline = self.pipeline(Photos(source), workers=WORKERS[2])
+        batches = pipeline.batches(0, 1000)
+        next(batches)
+        workers = [p for p in multiprocessing.active_children() if p.is_alive()]
+        assert workers
+        batches.close()
+        deadline = time.monotonic() + 20
+        while any(p.is_alive() for p in workers) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(p.is_alive() for p in workers)
+
+    def test_pixels_in_memory_cannot_be_cropped_so(self, source):
+        with pytest.raises(ValueError, match="encoded"):
+            self.pipeline(source)
+
+
 class TestPrefetch:
-    def test_gives_every_step_in_order(self):
-        assert list(prefetch(lambda step: step * step, 3, 9)) == [9, 16, 25, 36, 49, 64]
-        assert list(prefetch(lambda step: step, 5, 5)) == []
-        assert list(prefetch(lambda step: step, 5, 6)) == [5]
+    def test_gives_every_item_in_order(self):
+        assert list(prefetch(range(3, 9), lambda x: x * x)) == [9, 16, 25, 36, 49, 64]
+        assert list(prefetch([], str)) == []
+        assert list(prefetch([5], str)) == ["5"]
 
     def test_raises_where_the_item_is_taken(self):
-        def produce(step):
-            if step == 2:
-                raise OSError("bad file")
-            return step
+        def items():
+            yield from (0, 1)
+            raise OSError("bad file")
 
-        items = prefetch(produce, 0, 5)
-        assert [next(items), next(items)] == [0, 1]
+        taken = prefetch(items(), str)
+        assert [next(taken), next(taken)] == ["0", "1"]
         with pytest.raises(OSError, match="bad file"):
-            next(items)
+            next(taken)
 
     def test_is_ahead_and_bounded(self):
-        produced = []
+        placed = []
         items = prefetch(
-            lambda step: produced.append((step, threading.get_ident())), 0, 100, depth=3
+            range(100), lambda step: placed.append((step, threading.get_ident())) or step, depth=3
         )
         next(items)
         time.sleep(0.2)
-        assert [step for step, _ in produced] == [0, 1, 2]
-        assert produced[0][1] != threading.get_ident()
+        assert [step for step, _ in placed] == [0, 1, 2]
+        assert placed[0][1] != threading.get_ident()
         items.close()

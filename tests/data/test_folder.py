@@ -5,8 +5,12 @@ import pytest
 from PIL import Image
 
 from mimicnorm_jax.config import default_config
-from mimicnorm_jax.data.sources import FolderSource, cache, channel_statistics, open_splits
+from mimicnorm_jax.data.folder import FolderSource
+from mimicnorm_jax.data.sources import View, cache, channel_statistics
+from mimicnorm_jax.data.splits import open_splits
 from mimicnorm_jax.errors import UserError
+
+VIEW = View(size=8, resize=8, upright=True)
 
 
 @pytest.fixture
@@ -50,7 +54,7 @@ def test_digits_are_resized():
 
 
 def test_folder_yields_rgb_squares_with_the_labels_of_sorted_classes(folder):
-    source = FolderSource(folder / "train", 8)
+    source = FolderSource(folder / "train", VIEW)
     assert len(source) == 6 and source.class_names == ["cat", "dog"]
     for index in range(6):
         image, label = source[index]
@@ -60,7 +64,7 @@ def test_folder_yields_rgb_squares_with_the_labels_of_sorted_classes(folder):
 
 
 def test_an_image_of_the_right_size_is_not_resampled(folder):
-    source = FolderSource(folder / "train", 8)
+    source = FolderSource(folder / "train", VIEW)
     path = next(path for path in source.paths if path.suffix == ".png")
     image, _ = source[source.paths.index(path)]
     np.testing.assert_array_equal(image, np.asarray(Image.open(path)))
@@ -71,14 +75,14 @@ def test_a_long_side_is_cropped_at_the_centre(folder):
     tall = np.zeros((24, 8, 3), np.uint8)
     tall[8:16] = 200
     Image.fromarray(tall).save(path, quality=100)
-    source = FolderSource(folder / "train", 8)
+    source = FolderSource(folder / "train", VIEW)
     assert source[source.paths.index(path)][0].min() > 150
 
 
 def as_png(folder, image, **options):
     path = folder / "train" / "cat" / "0.png"
     image.save(path, **options)
-    source = FolderSource(folder / "train", 8)
+    source = FolderSource(folder / "train", VIEW)
     return source[source.paths.index(path)][0]
 
 
@@ -94,7 +98,7 @@ def test_transparent_palettes_and_cmyk_become_rgb(folder):
     np.testing.assert_array_equal(got[0, 0], (255, 0, 0))
     path = folder / "train" / "dog" / "2.jpg"
     red.convert("CMYK").save(path)
-    source = FolderSource(folder / "train", 8)
+    source = FolderSource(folder / "train", VIEW)
     np.testing.assert_allclose(source[source.paths.index(path)][0][0, 0], (255, 0, 0), atol=3)
 
 
@@ -159,7 +163,7 @@ def test_synthetic_says_loudly_that_its_labels_are_random(capsys):
 def test_a_damaged_image_is_named(folder, content, cached):
     victim = folder / "train" / "dog" / "1.JPEG"
     victim.write_bytes(victim.read_bytes()[:200] if content == "truncated" else content)
-    source = FolderSource(folder / "train", 8)
+    source = FolderSource(folder / "train", VIEW)
     with pytest.raises(UserError, match=r"cannot read image .*dog/1\.JPEG"):
         cache(source, description="") if cached else source[source.paths.index(victim)]
 

@@ -1,0 +1,95 @@
+"""Images in class folders."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from mimicnorm_jax.data.sources import EncodedSource, View, digest
+from mimicnorm_jax.errors import UserError, refused_by_system
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+class FolderSource(EncodedSource):
+    """A split stored as ``directory/<class>/*.{jpg,jpeg,png}``.
+
+    Args:
+      directory: the split's folder.
+      view: what the images become.
+
+    Raises:
+      UserError: a folder that does not exist or may not be read, has fewer than two
+        class folders, or has a class folder without images.
+    """
+
+    def __init__(self, directory: str | pathlib.Path, view: View):
+        self.directory = pathlib.Path(directory)
+        self.paths: list[pathlib.Path] = []
+        class_names: list[str] = []
+        labels: list[int] = []
+        with refused_by_system(f"cannot read folder {directory}"):
+            for label, folder in enumerate(self._class_folders()):
+                found = sorted(
+                    path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES
+                )
+                if not found:
+                    suffixes = ", ".join(IMAGE_SUFFIXES)
+                    raise UserError(f"class folder {folder} has no images ({suffixes})")
+                class_names.append(folder.name)
+                self.paths += found
+                labels += [label] * len(found)
+        self.labels = np.array(labels, np.int32)
+        super().__init__(class_names, view)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def _class_folders(self) -> list[pathlib.Path]:
+        expected = f"expected {self.directory}/<class>/*.jpg"
+        if not self.directory.is_dir():
+            raise UserError(f"{self.directory} is not a folder; {expected}")
+        folders = sorted(path for path in self.directory.iterdir() if path.is_dir())
+        if not folders:
+            raise UserError(f"{self.directory} has no class folders; {expected}")
+        if len(folders) == 1:
+            raise UserError(
+                f"{self.directory} has a single class, {folders[0].name}: nothing to learn; "
+                f"{expected}"
+            )
+        return folders
+
+    @functools.cached_property
+    def identity(self) -> str:
+        # all names, and some sizes: asking for a million of them would take minutes
+        names = (str(path.relative_to(self.directory)).encode() + b"\n" for path in self.paths)
+        chosen = np.linspace(0, len(self) - 1, min(1000, len(self))).astype(int)
+        sizes = np.array([self.paths[index].stat().st_size for index in chosen])
+        return digest([*names, sizes])
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        return self.paths[index].read_bytes(), int(self.labels[index])
+
+    def describe(self, index: int) -> str:
+        return str(self.paths[index])
+
+
+def open_folders(data: ConfigDict) -> tuple[FolderSource, FolderSource]:
+    """The training and the test split in the folders of ``config.data.dir``."""
+    root = pathlib.Path(data.dir).expanduser()
+    with refused_by_system(f"config.data.dir = {data.dir!r} cannot be read"):
+        if not root.is_dir():
+            raise UserError(f"config.data.dir = {data.dir!r} is not a folder")
+    train, test = (
+        FolderSource(root / split, View.of(data)) for split in (data.train_split, data.test_split)
+    )
+    if train.class_names != test.class_names:
+        differing = sorted(set(train.class_names) ^ set(test.class_names))
+        raise UserError(
+            f"the classes of {root / data.train_split} and {root / data.test_split} differ: "
+            f"{', '.join(differing[:5])}"
+        )
+    return train, test

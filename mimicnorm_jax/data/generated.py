@@ -1,0 +1,51 @@
+"""Data sets that need no files: real handwritten digits, and random images."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from mimicnorm_jax.data.images import centre_crop
+from mimicnorm_jax.data.sources import ArraySource
+
+_DIGITS_TEST_EXAMPLES = 360
+
+
+def open_digits(data: ConfigDict) -> tuple[ArraySource, ArraySource]:
+    """scikit-learn's 8x8 digits, split in strata, in grey."""
+    from sklearn.datasets import load_digits  # slow to import, and needed only here
+    from sklearn.model_selection import train_test_split
+
+    raw = load_digits()
+    grey = np.round(raw.images * (255 / 16)).astype(np.uint8)
+    size = data.image_size
+    images = np.stack([centre_crop(image, size, size) for image in grey])
+    train, test = train_test_split(
+        np.arange(len(grey)), test_size=_DIGITS_TEST_EXAMPLES, stratify=raw.target, random_state=0
+    )
+    names = [str(digit) for digit in raw.target_names]
+
+    def split(indices: np.ndarray) -> ArraySource:
+        return ArraySource(images[indices][..., None], raw.target[indices], names)
+
+    return split(train), split(test)
+
+
+def open_synthetic(data: ConfigDict) -> tuple[ArraySource, ArraySource]:
+    """Random images with random labels, to time a step without data."""
+    print(
+        "WARNING: data.name = 'synthetic': images AND LABELS ARE RANDOM; "
+        "no accuracy of this run means anything",
+        file=sys.stderr,
+    )
+    generator = np.random.default_rng(0)
+    names = [str(label) for label in range(data.num_classes)]
+
+    def split(examples: int) -> ArraySource:
+        shape = (examples, data.image_size, data.image_size, 3)
+        images = generator.integers(0, 256, shape, np.uint8)
+        return ArraySource(images, generator.integers(0, data.num_classes, examples), names)
+
+    return split(data.num_examples), split(data.num_examples // 4)

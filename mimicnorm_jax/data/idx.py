@@ -1,0 +1,88 @@
+"""The gzip files of MNIST and of the data sets that copied its format."""
+
+from __future__ import annotations
+
+import gzip
+import pathlib
+import zlib
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from mimicnorm_jax.data.images import centre_crop
+from mimicnorm_jax.data.sources import ArraySource
+from mimicnorm_jax.errors import UserError, refused_by_system
+
+_UINT8 = 8
+_PREFIXES = {"train": "train", "test": "t10k"}  # of the published file names
+
+
+def read_idx(path: pathlib.Path) -> np.ndarray:
+    """The array in an IDX file, gzipped or not.
+
+    Args:
+      path: the file; one of uint8.
+
+    Returns:
+      uint8, of the shape that the file's header says.
+
+    Raises:
+      UserError: the file is missing, damaged, or no IDX file of bytes.
+    """
+    with refused_by_system(f"cannot read {path}"):
+        try:
+            content = path.read_bytes()
+            if path.suffix == ".gz":
+                content = gzip.decompress(content)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+    dimensions = content[3] if len(content) > 3 else 0
+    start = 4 + 4 * dimensions
+    if content[:3] != bytes((0, 0, _UINT8)) or not dimensions or len(content) < start:
+        raise UserError(f"{path} is not an IDX file of bytes")
+    shape = tuple(int(n) for n in np.frombuffer(content, ">u4", dimensions, 4))
+    expected = int(np.prod(shape, dtype=np.int64))
+    if len(content) - start != expected:
+        raise UserError(
+            f"{path} is damaged: its header says {expected} bytes, {len(content) - start} follow"
+        )
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _find(root: pathlib.Path, name: str) -> pathlib.Path:
+    for candidate in (root / f"{name}.gz", root / name):
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"{root / name}.gz is missing")
+
+
+def _open_split(root: pathlib.Path, split: str, size: int) -> ArraySource:
+    prefix = _PREFIXES.get(split, split)
+    images_path = _find(root, f"{prefix}-images-idx3-ubyte")
+    labels_path = _find(root, f"{prefix}-labels-idx1-ubyte")
+    images, labels = read_idx(images_path), read_idx(labels_path)
+    if images.ndim != 3 or labels.shape != images.shape[:1]:
+        raise UserError(
+            f"{images_path} and {labels_path} do not belong together: images of shape "
+            f"{images.shape}, labels of shape {labels.shape}"
+        )
+    if images.shape[1:] != (size, size):
+        images = np.stack([centre_crop(image, size, size) for image in images])
+    names = [str(label) for label in range(max(10, int(labels.max(initial=0)) + 1))]
+    return ArraySource(images[..., None], labels, names)
+
+
+def open_idx(data: ConfigDict) -> tuple[ArraySource, ArraySource]:
+    """The splits in ``config.data.dir``: ``train-*`` and ``t10k-*``, in grey.
+
+    A split named otherwise is a file name's beginning.
+    """
+    root = pathlib.Path(data.dir).expanduser()
+    with refused_by_system(f"config.data.dir = {data.dir!r} cannot be read"):
+        if not root.is_dir():
+            raise UserError(f"config.data.dir = {data.dir!r} is not a folder")
+    train, test = (
+        _open_split(root, split, data.image_size) for split in (data.train_split, data.test_split)
+    )
+    train.class_names = test.class_names = max(train.class_names, test.class_names, key=len)
+    return train, test

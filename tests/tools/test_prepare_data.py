@@ -1,0 +1,343 @@
+"""From archives in the published formats through the real TFDS builders to a trained step."""
+
+import importlib.util
+import io
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+import sklearn.datasets
+from PIL import Image
+
+from mimicnorm_jax.config import default_config, validate
+from mimicnorm_jax.data.sources import View
+from mimicnorm_jax.data.splits import open_splits
+from mimicnorm_jax.data.tfds import TFDSSource, build_directory, open_build
+from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.tools.prepare_data import check, main
+
+TRAIN, TEST = 150, 40  # examples of the fake CIFAR-100
+SYNSETS = ("n01440764", "n01443537", "n04486054")  # three of ImageNet's classes
+PER_SYNSET, VALIDATION = 4, 6
+
+needs_tensorflow = pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow") is None,
+    reason="NOT TESTED: preparing data sets needs the extra prepare (TensorFlow)",
+)
+
+
+def add(archive, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    archive.addfile(info, io.BytesIO(content))
+
+
+def cifar100_pixels(count, seed):
+    return np.random.default_rng(seed).integers(0, 256, (count, 3, 32, 32), np.uint8)
+
+
+def write_cifar100(path):
+    """Of each example a coarse label, a fine label, and 3 x 1024 bytes."""
+
+    def records(count, seed):
+        pixels = cifar100_pixels(count, seed)
+        return b"".join(bytes((i % 20, i % 100)) + pixels[i].tobytes() for i in range(count))
+
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in (
+            ("train.bin", records(TRAIN, 0)),
+            ("test.bin", records(TEST, 1)),
+            ("coarse_label_names.txt", "\n".join(f"coarse{i}" for i in range(20)).encode()),
+            ("fine_label_names.txt", "\n".join(f"fine{i}" for i in range(100)).encode()),
+        ):
+            add(archive, f"cifar-100-binary/{name}", content)
+
+
+def photographs():
+    """JPEGs cut from two photographs, none like another, one of them grey."""
+    folder = pathlib.Path(sklearn.datasets.__file__).parent / "images"
+    index = 0
+    while True:
+        with Image.open(sorted(folder.glob("*.jpg"))[index % 2]) as image:
+            left = 20 * index
+            part = image.crop((left, 10 * index, left + 200 + 7 * index, 10 * index + 150))
+        file = io.BytesIO()
+        (part.convert("L") if index == 3 else part).save(file, "jpeg")
+        yield file.getvalue()
+        index += 1
+
+
+def write_imagenet(directory):
+    """Of each class an archive in the training archive; the validation images in one."""
+    photos = photographs()
+    with tarfile.open(directory / "ILSVRC2012_img_train.tar", "w") as archive:
+        for synset in SYNSETS:
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as of_synset:
+                for index in range(PER_SYNSET):
+                    add(of_synset, f"{synset}_{index}.JPEG", next(photos))
+            add(archive, f"{synset}.tar", inner.getvalue())
+    with tarfile.open(directory / "ILSVRC2012_img_val.tar", "w") as archive:
+        for index in range(VALIDATION):
+            add(archive, f"ILSVRC2012_val_{index + 1:08d}.JPEG", next(photos))
+
+
+def run_tool(*arguments):
+    command = [sys.executable, "-m", "mimicnorm_jax.tools.prepare_data", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """The folder with both data sets, and what their preparation printed."""
+    root = tmp_path_factory.mktemp("prepared")
+    archives = root / "archives"
+    archives.mkdir()
+    write_cifar100(archives / "cifar-100-binary.tar.gz")
+    write_imagenet(archives)
+    # as an interrupted attempt leaves it
+    (root / "cifar100" / "incomplete.ABC_3.0.2").mkdir(parents=True)
+    outputs = {}
+    for name in ("cifar100", "imagenet2012"):
+        done = run_tool(name, "--data-dir", root, "--sample")
+        assert done.returncode == 0, done.stderr[-2000:]
+        outputs[name] = done
+    return root, outputs
+
+
+def data_config(root, name, **values):
+    config = default_config()
+    config.data.update({"name": "tfds", "tfds_name": name, "dir": str(root)} | values)
+    validate(config)
+    return config.data
+
+
+@needs_tensorflow
+class TestPrepared:
+    def test_the_report_counts_what_is_there(self, prepared):
+        root, outputs = prepared
+        assert f"train: {TRAIN} of 50000 examples, 100 classes" in outputs["cifar100"].stdout
+        assert f"test: {TEST} of 10000 examples" in outputs["cifar100"].stdout
+        assert f"train: {len(SYNSETS) * PER_SYNSET} of 1281167" in outputs["imagenet2012"].stdout
+        assert f"validation: {VALIDATION} of 50000" in outputs["imagenet2012"].stdout
+        assert "removing" in outputs["cifar100"].stderr  # what the interrupted attempt left
+        assert not list(root.glob("*/incomplete.*")) and not list(root.glob("extracted-*"))
+
+    def test_the_examples_are_those_of_the_archive(self, prepared):
+        root, _ = prepared
+        train, test = open_splits(data_config(root, "cifar100"))
+        assert (len(train), len(test)) == (TRAIN, TEST)
+        assert train.class_names == [f"fine{i}" for i in range(100)]
+        expected = {
+            pixels.transpose(1, 2, 0).tobytes(): index % 100
+            for index, pixels in enumerate(cifar100_pixels(TRAIN, 0))
+        }
+        got = {i.tobytes(): int(label) for i, label in zip(train.images, train.labels, strict=True)}
+        assert got == expected
+        assert train.identity != test.identity
+        again, _ = open_splits(data_config(root, "cifar100", cache_gib=0.0))
+        assert isinstance(again, TFDSSource) and again.identity == train.identity
+
+    def test_large_images_stay_encoded_and_know_where_they_are(self, prepared):
+        root, _ = prepared
+        values = {"test_split": "validation", "image_size": 64, "resize": 72}
+        data = data_config(root, "imagenet2012", random_resized_crop=True, **values)
+        train, test = open_splits(data)
+        assert isinstance(train, TFDSSource) and train.image_shape == (64, 64, 3)
+        assert len(train.class_names) == 1000
+        labels = [train[i][1] for i in range(len(train))]
+        assert sorted(labels) == sorted([0, 1, 873] * PER_SYNSET)
+        where = train.describe(len(train) - 1)
+        assert where.endswith("-00000-of-00001 record 11") and str(root) in where
+        with pytest.raises(IndexError):
+            train.describe(len(train))
+        assert test.image_shape == (64, 64, 3)
+
+    @pytest.mark.parametrize(
+        ("config", "options"),
+        [
+            ("cifar100_vgg16", ["--config.width=0.125"]),
+            (
+                "imagenet_resnet50",
+                [
+                    "--config.network=resnet18",
+                    "--config.width=0.125",
+                    "--config.method_options.min_fan_in=6",
+                    "--config.data.image_size=64",
+                    "--config.data.resize=72",
+                    "--config.data.processes=1",
+                ],
+            ),
+        ],
+    )
+    def test_it_is_trained_on_from_the_command_line(
+        self, prepared, tmp_path, run_main, config, options
+    ):
+        root, _ = prepared
+        done = run_main(
+            f"--config=configs/{config}.py",
+            f"--config.data.dir={root}",
+            "--config.max_steps=3",
+            "--config.batch_size=8",
+            f"--workdir={tmp_path / 'run'}",
+            *options,
+        )
+        assert done.returncode == 0, done.stderr
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+        assert summary["steps"] == 3 and np.isfinite(summary["final_train_loss"])
+        assert summary["test_examples"] == (TEST if "cifar" in config else VALIDATION)
+        rows = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+        (row,) = (row for row in rows if "train_loss" in row)
+        assert 0 <= row["input_wait_fraction"] <= 1
+        assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+    def test_a_second_call_only_checks(self, prepared):
+        root, _ = prepared
+        before = {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
+        done = run_tool("cifar100", "--data-dir", root, "--sample")
+        assert done.returncode == 0 and f"train: {TRAIN} of 50000" in done.stdout
+        assert before == {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
+
+    def test_a_sample_passes_for_the_whole_only_when_asked(self, prepared, tmp_path):
+        root, _ = prepared
+        done = run_tool("cifar100", "--data-dir", root, "--check")
+        assert done.returncode == 2
+        assert f"split train has {TRAIN} examples instead of 50000" in done.stderr
+        done = run_tool("cifar100", "--data-dir", tmp_path, "--manual-dir", root / "archives")
+        assert done.returncode == 2
+        assert "wrong checksum; if it is a sample, --sample" in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+
+    def test_a_tfrecord_build_is_converted_beside_its_files(self, prepared, tmp_path):
+        root, _ = prepared
+        script = (
+            "import sys, tensorflow_datasets as tfds\n"
+            "from mimicnorm_jax.tools.prepare_data import _accept_any_archive\n"
+            "import pathlib\n"
+            "builder = tfds.builder('cifar100', data_dir=sys.argv[1], file_format='tfrecord')\n"
+            "_accept_any_archive(builder, pathlib.Path(sys.argv[2]))\n"
+            "builder.download_and_prepare(\n"
+            "    download_config=tfds.download.DownloadConfig(manual_dir=sys.argv[2]))\n"
+        )
+        arguments = [str(tmp_path), str(root / "archives")]
+        subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True)
+        with pytest.raises(UserError, match=r"tfrecord format.*prepare_data cifar100"):
+            open_splits(data_config(tmp_path, "cifar100"))
+        done = run_tool("cifar100", "--data-dir", tmp_path, "--sample")
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert list(tmp_path.rglob("*.tfrecord-*")) and list(tmp_path.rglob("*.array_record-*"))
+        converted, _ = open_splits(data_config(tmp_path, "cifar100"))
+        original, _ = open_splits(data_config(root, "cifar100"))
+        np.testing.assert_array_equal(converted.images, original.images)
+        np.testing.assert_array_equal(converted.labels, original.labels)
+
+
+@needs_tensorflow
+class TestDamaged:
+    @pytest.fixture
+    def build(self, prepared, tmp_path):
+        root, _ = prepared
+        shutil.copytree(root / "cifar100", tmp_path / "cifar100")
+        return build_directory(tmp_path, "cifar100")
+
+    def refused(self, build):
+        with pytest.raises(UserError) as caught:
+            check("cifar100", build.parent.parent, sample=True)
+        message = str(caught.value)
+        assert "\n" not in message
+        assert "prepare_data cifar100 --data-dir" in message
+        return message
+
+    def test_a_missing_shard(self, build):
+        (shard,) = build.glob("*train*")
+        shard.unlink()
+        assert f"{shard} is missing" in self.refused(build)
+
+    @pytest.mark.parametrize("left", [0, 0.5])
+    def test_a_truncated_shard(self, build, left):
+        (shard,) = build.glob("*train*")
+        content = shard.read_bytes()
+        shard.write_bytes(content[: int(left * len(content))])
+        assert f"{shard}" in self.refused(build)
+
+    def test_a_shard_of_another_split(self, build):
+        (train,), (test,) = build.glob("*train*"), build.glob("*test*")
+        train.write_bytes(test.read_bytes())
+        assert f"{train} has {TEST} records instead of {TRAIN}" in self.refused(build)
+
+    def test_a_build_that_was_not_finished(self, build):
+        (build / "dataset_info.json").unlink()
+        assert f"{build} was not finished" in self.refused(build)
+        build.rename(build.with_name("incomplete.XYZ_3.0.2"))
+        assert "was not finished" in self.refused(build)
+
+    def test_a_damaged_description(self, build):
+        (build / "dataset_info.json").write_text("{")
+        with pytest.raises(UserError, match="is damaged"):
+            open_build(build)
+
+    def test_a_split_that_does_not_exist(self, build):
+        view = View(size=32, resize=32, upright=True)
+        with pytest.raises(UserError, match=r"'val'.*allowed: .*train"):
+            TFDSSource(open_build(build), "val", view)
+        assert len(TFDSSource(open_build(build), "train[:10%]", view)) == TRAIN // 10
+
+
+def test_what_is_missing_is_said_with_names_places_and_sizes(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["imagenet2012", "--data-dir", str(tmp_path), "--check"])
+    (line,) = capsys.readouterr().err.splitlines()
+    archive = tmp_path / "archives" / "ILSVRC2012_img_train.tar"
+    assert f"{archive} is missing (147897477120 bytes)" in line
+    archive.parent.mkdir()
+    archive.write_bytes(b"123")
+    with pytest.raises(SystemExit) as exit_:
+        main(["imagenet2012", "--data-dir", str(tmp_path)])
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{archive} has 3 bytes instead of 147897477120" in line
+    assert "ILSVRC2012_img_val.tar is missing (6744924160 bytes); from https://image-net" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["cifar11", "--data-dir", "D"], "invalid choice: 'cifar11'.*cifar100"),
+        (["cifar10"], "--data-dir"),
+        (["cifar10", "--data-dir", "D", "more"], "more"),
+        (["cifar10", "--data-dir", __file__], "cannot be used"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line
+
+
+def test_without_tensorflow_the_extra_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        main(["cifar10", "--data-dir", str(tmp_path)])
+    assert "pip install 'mimicnorm-jax[prepare]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tfds_name": ""}, "tfds_name is not set"),
+        ({"dir": ""}, r"config\.data\.dir is not set.*prepare_data cifar100 --data-dir DIR"),
+        ({"dir": "gs://bucket/data"}, "mount remote storage"),
+        ({"dir": "/nowhere"}, "no prepared version.*prepare_data cifar100 --data-dir /nowhere"),
+    ],
+)
+def test_a_build_that_is_not_there(values, message):
+    with pytest.raises(UserError, match=message):
+        open_splits(data_config("D", "cifar100", **values))
