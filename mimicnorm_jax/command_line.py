@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -45,24 +45,40 @@ def _parse(argv: list[str]) -> list[str]:
         raise UserError(f"--config={path} failed: {type(error).__name__}: {reason}") from error
     if _CONFIG.value is None:
         raise UserError("--config is missing; for example --config configs/digits_resnet20.py")
-    if rest[1:]:
-        raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value")
     return rest
 
 
-def run_program(program: Callable[[], None]) -> None:
+def _reject_arguments(arguments: list[str]) -> None:
+    if arguments:
+        raise UserError(f"unexpected argument {arguments[0]!r}; flags are written --name=value")
+
+
+def run_program(program: Callable[[], None] | Mapping[str, Callable[[], None]]) -> None:
     """Parses the flags and runs a program.
 
     A wrong input is one line and exit code 2, divergence one line and exit code 1.
+
+    Args:
+      program: what to run; or, where the first argument chooses, what it chooses from.
     """
 
-    def run(_: list[str]) -> None:
+    def parse(argv: list[str]) -> list[str]:
+        rest = _parse(argv)
+        if isinstance(program, Mapping):
+            if len(rest) < 2:
+                raise UserError(f"say which: {', '.join(program)}")
+            if rest[1] not in program:
+                raise unknown("command", rest[1], program)
+        _reject_arguments(rest[2:] if isinstance(program, Mapping) else rest[1:])
+        return rest
+
+    def run(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
-        program()
+        (program[argv[1]] if isinstance(program, Mapping) else program)()
 
     try:
-        app.run(run, flags_parser=_parse)
+        app.run(run, flags_parser=parse)
     except (UserError, NonFiniteError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)

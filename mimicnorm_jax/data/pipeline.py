@@ -82,8 +82,8 @@ class Pipeline:
         self.source = source
         self.batch_size = batch_size
         self.seed = seed
-        self._crop = crop
-        self._workers = workers
+        self.crop = crop
+        self.workers = workers
         self._part = slice(
             process_index * batch_size // process_count,
             (process_index + 1) * batch_size // process_count,
@@ -114,13 +114,13 @@ class Pipeline:
           UserError: an image is damaged.
         """
         indices = self.indices(step)[self._part]
-        if self._crop is None:
+        if self.crop is None:
             return self._gather(indices)
         positions = range(self._part.start, self._part.stop)
         return _stack([self._cropped(step, *pair) for pair in zip(positions, indices, strict=True)])
 
     def _cropped(self, step: int, position: int, index: int) -> tuple[np.ndarray, int]:
-        source, crop = self.source, self._crop
+        source, crop = self.source, self.crop
         assert crop is not None
         assert isinstance(source, EncodedSource)
         u = uniforms(self.seed, step, position, crop.draws)
@@ -161,7 +161,7 @@ class Pipeline:
             return
         import grain  # takes a second, and data in memory do not need it
 
-        workers = self._workers
+        workers = self.workers
         dataset = grain.MapDataset.range(start, stop).map(make)
         # As many batches are kept as are made at a time: that bounds the memory.
         options = grain.ReadOptions(

@@ -1,0 +1,198 @@
+"""How fast a configuration's input is, stage by stage, and whether training waits for it.
+
+python -m mimicnorm_jax.tools.benchmark input --config configs/cifar100_vgg16.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+from absl import flags
+
+from mimicnorm_jax import command_line
+from mimicnorm_jax.data.pipeline import Pipeline, prefetch
+from mimicnorm_jax.data.random_crop import RandomResizedCrop, uniforms
+from mimicnorm_jax.data.sources import EncodedSource
+from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.parallel import shard_batch
+from mimicnorm_jax.train.progress import Throughput
+from mimicnorm_jax.train.setup import Experiment, set_up
+
+_SECONDS = flags.DEFINE_float("seconds", 3.0, "How long each stage is timed.", 0.01)
+_STEPS = flags.DEFINE_integer("steps", 20, "Training steps to time; 0 leaves them out.", 0)
+_JSON = flags.DEFINE_string("json", None, "Where the numbers go; unset for nowhere.")
+
+_EXAMPLES = 256  # that are read and decoded again and again
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of the input.
+
+    Attributes:
+      name: what is timed; each stage but the first and the last two contains those before.
+      images_per_second: of wall time.
+      images_per_core_second: of processor time, of this process and its threads; None where
+        worker processes do the work.
+    """
+
+    name: str
+    images_per_second: float
+    images_per_core_second: float | None
+
+
+def time_calls(name: str, call: Callable[[], int], seconds: float) -> Stage:
+    """Calls a function again and again.
+
+    Args:
+      name: of the stage.
+      call: works, and returns on how many images.
+      seconds: how long, after one call that does not count.
+    """
+    call()
+    images, wall, processor = 0, time.perf_counter(), time.process_time()
+    while (elapsed := time.perf_counter() - wall) < seconds or not images:
+        images += call()
+    elapsed = time.perf_counter() - wall
+    return Stage(name, images / elapsed, images / (time.process_time() - processor))
+
+
+def _encoded_stages(pipeline: Pipeline, seconds: float) -> Iterator[Stage]:
+    source = pipeline.source
+    assert isinstance(source, EncodedSource)
+    indices = itertools.cycle(pipeline.indices(0)[:_EXAMPLES].tolist())
+
+    def read() -> int:
+        source.read(next(indices))
+        return 1
+
+    yield time_calls("read", read, seconds)
+    crop = pipeline.crop
+    if crop is None:
+
+        def decode() -> int:
+            _ = source[next(indices)]
+            return 1
+
+        yield time_calls("+ decode, resize, central crop", decode, seconds)
+        return
+    positions = itertools.count()
+
+    def decode_crop() -> int:
+        _cropped(source, crop, next(indices), next(positions))
+        return 1
+
+    yield time_calls("+ decode, random crop, resize", decode_crop, seconds)
+
+
+def _cropped(source: EncodedSource, crop: RandomResizedCrop, index: int, position: int) -> None:
+    u = uniforms(0, 0, position, crop.draws)
+    source.cropped(index, lambda height, width: crop.choose(height, width, u))
+
+
+def stages(experiment: Experiment, seconds: float) -> Iterator[Stage]:
+    """Times the stages of the training input, one after the other.
+
+    Args:
+      experiment: whose input it is.
+      seconds: how long each stage is timed.
+    """
+    pipeline = experiment.train_data
+    if isinstance(pipeline.source, EncodedSource):
+        yield from _encoded_stages(pipeline, seconds)
+    steps = itertools.count()
+
+    def batch() -> int:
+        return len(pipeline.batch(next(steps))["label"])
+
+    yield time_calls("+ order, batch (one thread)", batch, seconds)
+    ahead = prefetch(pipeline.batches(0, 2**31), lambda batch: batch)
+    try:
+        whole = time_calls("all workers", lambda: len(next(ahead)["label"]), seconds)
+    finally:
+        ahead.close()
+    processes = pipeline.workers.processes and isinstance(pipeline.source, EncodedSource)
+    yield dataclasses.replace(whole, images_per_core_second=None) if processes else whole
+    on_host = pipeline.batch(0)
+
+    def transfer() -> int:
+        jax.block_until_ready(shard_batch(on_host, experiment.mesh))
+        return len(on_host["label"])
+
+    yield time_calls("transfer to the devices", transfer, seconds)
+
+
+def train(experiment: Experiment, steps: int) -> tuple[float, float]:
+    """Trains for some steps, as a run does.
+
+    Returns:
+      Images per second, and the fraction of the time spent waiting for input.
+    """
+    throughput = Throughput()
+    state = experiment.initial_state()
+    host = experiment.train_data.batches(0, steps + 1)
+    ahead = prefetch(host, lambda batch: shard_batch(batch, experiment.mesh))
+    state, metrics = experiment.train_step(state, next(ahead))  # compiles
+    jax.block_until_ready(metrics)
+    throughput.restart()
+    for _ in range(steps):
+        with throughput.waiting():
+            batch = next(ahead)
+        state, metrics = experiment.train_step(state, batch)
+        jax.block_until_ready(metrics)
+        throughput.add(experiment.config.batch_size)
+    rate, fraction = throughput.rate(), throughput.wait_fraction
+    assert rate is not None
+    assert fraction is not None
+    return rate, fraction
+
+
+def _check_output(path: str | None) -> None:
+    if path and not pathlib.Path(path).absolute().parent.is_dir():
+        raise UserError(f"--json={path} cannot be written: its folder does not exist")
+
+
+def _input() -> None:
+    _check_output(_JSON.value)
+    experiment = set_up(command_line.config())
+    source, shape = experiment.train_data.source, experiment.train_data.source.image_shape
+    print(f"{len(source)} images, batches of {experiment.config.batch_size} x {shape}", flush=True)
+    print(f"{'stage':<34}{'images/s':>12}{'per core':>12}", flush=True)
+    measured = []
+    for stage in stages(experiment, _SECONDS.value):
+        measured.append(stage)
+        core = stage.images_per_core_second
+        core_cell = "" if core is None else f"{core:.0f}"
+        print(f"{stage.name:<34}{stage.images_per_second:>12.0f}{core_cell:>12}", flush=True)
+    report = {
+        "config": command_line.config_path(),
+        "cores": os.cpu_count(),
+        "device": experiment.mesh.devices.flat[0].device_kind,
+        "stages": [dataclasses.asdict(stage) for stage in measured],
+    }
+    if _STEPS.value:
+        print("compiling the training step …", flush=True)
+        rate, fraction = train(experiment, _STEPS.value)
+        print(f"{'training':<34}{rate:>12.0f}\ninput_wait_fraction {np.round(fraction, 4)}")
+        report |= {"training_images_per_second": rate, "input_wait_fraction": fraction}
+    if _JSON.value:
+        with refused_by_system(f"--json={_JSON.value} cannot be written"):
+            pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n")
+        print(f"numbers: {_JSON.value}")
+
+
+def main() -> None:
+    """Runs the program."""
+    command_line.run_program({"input": _input})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mimicnorm_jax.tools import benchmark
+
+
+@pytest.fixture
+def folder(tmp_path):
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            directory = tmp_path / split / name
+            directory.mkdir(parents=True)
+            for index in range(6):
+                pixels = generator.integers(0, 256, (40, 50, 3), np.uint8)
+                Image.fromarray(pixels).save(directory / f"{index}.jpg")
+    return tmp_path
+
+
+@pytest.fixture
+def run_benchmark(run_main, tmp_path):
+    def run(*arguments):
+        return run_main(
+            *arguments,
+            *("--config.network=resnet8", "--config.width=0.25", "--seconds=0.05"),
+            module="mimicnorm_jax.tools.benchmark",
+        )
+
+    return run
+
+
+DIGITS = ("--config=configs/digits_resnet20.py", "--config.batch_size=16")
+
+
+def test_every_stage_of_encoded_images_is_timed(run_benchmark, folder, tmp_path):
+    done = run_benchmark(
+        "input",
+        *DIGITS,
+        "--config.data.name=folder",
+        f"--config.data.dir={folder}",
+        "--config.data.random_resized_crop=True",
+        "--steps=3",
+        f"--json={tmp_path / 'input.json'}",
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "input.json").read_text())
+    stages = report["stages"]
+    assert [stage["name"] for stage in stages] == [
+        "read",
+        "+ decode, random crop, resize",
+        "+ order, batch (one thread)",
+        "all workers",
+        "transfer to the devices",
+    ]
+    assert all(stage["images_per_second"] > 0 for stage in stages)
+    assert stages[0]["images_per_second"] > stages[1]["images_per_second"]
+    assert report["training_images_per_second"] > 0
+    assert 0 <= report["input_wait_fraction"] <= 1
+    for name in (stage["name"] for stage in stages):
+        assert name in done.stdout
+
+
+def test_images_in_memory_need_no_decoding(run_benchmark):
+    done = run_benchmark("input", *DIGITS, "--steps=0")
+    assert done.returncode == 0, done.stderr
+    assert "decode" not in done.stdout and "input_wait_fraction" not in done.stdout
+    assert re.search(r"order, batch \(one thread\) +\d{4,}", done.stdout)
+
+
+def test_a_stage_counts_all_images_and_all_time(monkeypatch):
+    """Ten images in half a second of which a fifth is processor time: 20 and 100 a second."""
+    clock = {"wall": 0.0, "processor": 0.0}
+
+    def call():
+        clock["wall"] += 0.5
+        clock["processor"] += 0.1
+        return 10
+
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock["wall"])
+    monkeypatch.setattr(benchmark.time, "process_time", lambda: clock["processor"])
+    stage = benchmark.time_calls("stage", call, seconds=3.0)
+    assert stage.images_per_second == pytest.approx(20)
+    assert stage.images_per_core_second == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (DIGITS, "say which: input"),
+        (("output", *DIGITS), "unknown command 'output'; allowed: input"),
+        (("input", "step", *DIGITS), "unexpected argument 'step'"),
+        (("input", *DIGITS, "--json=no/such/folder.json"), "no/such/folder.json cannot be written"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(run_benchmark, arguments, message):
+    done = run_benchmark(*arguments)
+    assert done.returncode == 2, done.stdout
+    (line,) = done.stderr.strip().splitlines()
+    assert message in line
