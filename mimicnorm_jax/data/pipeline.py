@@ -116,14 +116,13 @@ class Pipeline:
         indices = self.indices(step)[self._part]
         if self.crop is None:
             return self._gather(indices)
-        positions = range(self._part.start, self._part.stop)
-        return _stack([self._cropped(step, *pair) for pair in zip(positions, indices, strict=True)])
+        u = uniforms(self.seed, step, self.batch_size, self.crop.draws)[self._part]
+        return _stack([self._cropped(*pair) for pair in zip(indices, u, strict=True)])
 
-    def _cropped(self, step: int, position: int, index: int) -> tuple[np.ndarray, int]:
+    def _cropped(self, index: int, u: np.ndarray) -> tuple[np.ndarray, int]:
         source, crop = self.source, self.crop
         assert crop is not None
         assert isinstance(source, EncodedSource)
-        u = uniforms(self.seed, step, position, crop.draws)
         return source.cropped(index, lambda height, width: crop.choose(height, width, u))
 
     def _gather(self, indices: np.ndarray) -> Batch:

@@ -13,22 +13,23 @@ _ATTEMPTS = 10
 _CROP_STREAM = 1  # tells this use of (seed, step, …) from the order of the examples
 
 
-def uniforms(seed: int, step: int, position: int, count: int) -> np.ndarray:
-    """Random numbers of one example of one step.
+def uniforms(seed: int, step: int, batch_size: int, count: int) -> np.ndarray:
+    """Random numbers of the examples of one step.
 
     Args:
       seed: of the run.
       step: of the batch.
-      position: of the example in the global batch.
-      count: how many.
+      batch_size: examples in the global batch.
+      count: how many each.
 
     Returns:
-      ``(count,)`` float64 in [0, 1), which no version of NumPy changes: made from the raw
-      stream of the generator.
+      ``(batch_size, count)`` float64 in [0, 1), which no version of NumPy changes: made from
+      the raw stream of the generator. A row does not depend on the batch size.
     """
     # The tag comes last: SeedSequence pads with zeros, so (a, b) and (a, b, 0) are one.
-    sequence = np.random.SeedSequence((seed, step, position, _CROP_STREAM))
-    return (np.random.Philox(sequence).random_raw(count) >> np.uint64(11)) * 2.0**-53
+    sequence = np.random.SeedSequence((seed, step, _CROP_STREAM))
+    raw = np.random.Philox(sequence).random_raw(batch_size * count)
+    return (raw >> np.uint64(11)).reshape(batch_size, count) * 2.0**-53
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from absl import flags
 
 from mimicnorm_jax import command_line
 from mimicnorm_jax.data.pipeline import Pipeline, prefetch
-from mimicnorm_jax.data.random_crop import RandomResizedCrop, uniforms
+from mimicnorm_jax.data.random_crop import uniforms
 from mimicnorm_jax.data.sources import EncodedSource
 from mimicnorm_jax.errors import UserError, refused_by_system
 from mimicnorm_jax.parallel import shard_batch
@@ -84,18 +84,14 @@ def _encoded_stages(pipeline: Pipeline, seconds: float) -> Iterator[Stage]:
 
         yield time_calls("+ decode, resize, central crop", decode, seconds)
         return
-    positions = itertools.count()
+    rows = itertools.cycle(uniforms(0, 0, _EXAMPLES, crop.draws))
 
     def decode_crop() -> int:
-        _cropped(source, crop, next(indices), next(positions))
+        u = next(rows)
+        source.cropped(next(indices), lambda height, width: crop.choose(height, width, u))
         return 1
 
     yield time_calls("+ decode, random crop, resize", decode_crop, seconds)
-
-
-def _cropped(source: EncodedSource, crop: RandomResizedCrop, index: int, position: int) -> None:
-    u = uniforms(0, 0, position, crop.draws)
-    source.cropped(index, lambda height, width: crop.choose(height, width, u))
 
 
 def stages(experiment: Experiment, seconds: float) -> Iterator[Stage]:

@@ -8,6 +8,7 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
 import sklearn.datasets
 from PIL import Image
 
@@ -101,10 +102,10 @@ def test_what_is_decoded_of_a_photo_is_exactly_the_crop(kind, crop):
 
     got = decode_crop(data, choose, size, upright=False)
     assert asked == [(427, 640)]
-    whole = crop_of(with_pillow(data), crop)
-    expected = cv2.resize(whole, (size, size), interpolation=cv2.INTER_LINEAR)
-    # two builds of libjpeg-turbo, and nothing else, may differ by a level somewhere
-    assert np.abs(got.astype(int) - expected.astype(int)).max() <= 1
+    whole = simplejpeg.decode_jpeg(data, "RGB", fastdct=True)
+    expected = cv2.resize(crop_of(whole, crop), (size, size), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(got, expected)
+    assert difference(whole, with_pillow(data)) < 1.5
 
 
 def test_a_large_crop_is_decoded_at_a_fraction_of_its_size(photo):
@@ -127,7 +128,7 @@ def test_other_formats_are_cropped_alike(photo):
     of_png, of_jpeg = (
         decode_crop(data, lambda height, width: crop, 224, upright=False) for data in (png, photo)
     )
-    np.testing.assert_array_equal(of_png, of_jpeg)
+    assert difference(of_png, of_jpeg) < 2
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -149,7 +150,7 @@ def test_exif_orientation_is_followed_or_ignored(photo, orientation):
     np.testing.assert_array_equal(decode(data, upright=True), turned)
     crop = Crop(20, 30, 224, 224)
     got = decode_crop(data, lambda height, width: crop, 224, upright=True)
-    np.testing.assert_array_equal(got, crop_of(turned, crop))
+    assert difference(got, crop_of(turned, crop)) < 1.5
 
 
 def gradient(mode):
@@ -163,7 +164,7 @@ def loaded(data):
     cropped = decode_crop(data, lambda h, w: Crop(0, 0, h, w), whole.shape[0], upright=True)
     assert whole.shape[2] == 3 and whole.dtype == np.uint8
     if whole.shape[0] == whole.shape[1]:
-        np.testing.assert_array_equal(cropped, whole)
+        assert difference(cropped, whole) < 1.5
     return whole
 
 
