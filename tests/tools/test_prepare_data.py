@@ -197,6 +197,22 @@ class TestPrepared:
         assert 0 <= row["input_wait_fraction"] <= 1
         assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
+    def test_reading_needs_no_tensorflow(self, prepared):
+        root, _ = prepared
+        script = (
+            "import sys\n"
+            "from mimicnorm_jax.config import default_config\n"
+            "from mimicnorm_jax.data.pipeline import Pipeline\n"
+            "from mimicnorm_jax.data.splits import open_splits\n"
+            "data = default_config().data\n"
+            "data.update(name='tfds', tfds_name='imagenet2012', dir=sys.argv[1], image_size=32)\n"
+            "data.update(test_split='validation', cache_gib=0.0)\n"
+            "batches = Pipeline(open_splits(data)[0], batch_size=4, seed=0).batches(0, 2)\n"
+            "assert [len(batch['label']) for batch in batches] == [4, 4]\n"
+            "assert 'tensorflow_datasets' in sys.modules and 'tensorflow' not in sys.modules\n"
+        )
+        subprocess.run([sys.executable, "-c", script, str(root)], check=True)
+
     def test_a_second_call_only_checks(self, prepared):
         root, _ = prepared
         before = {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
