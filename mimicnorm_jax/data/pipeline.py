@@ -9,9 +9,11 @@ processes nor what ran before changes a batch.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import os
+import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
@@ -170,12 +172,17 @@ class Pipeline:
         if workers.processes:
             if not flags.FLAGS.is_parsed():  # in a notebook; Grain reads them
                 flags.FLAGS.mark_as_parsed()
-            iterable = iterable.mp_prefetch(
-                grain.MultiprocessingOptions(
-                    num_workers=workers.processes, per_worker_buffer_size=1
-                )
+            processes = grain.MultiprocessingOptions(
+                num_workers=workers.processes, per_worker_buffer_size=1
             )
-        yield from iterable
+            iterable = iterable.mp_prefetch(processes, worker_init_fn=_leave_interrupts_alone)
+        with contextlib.closing(iter(iterable)) as iterator:
+            yield from iterator
+
+
+def _leave_interrupts_alone(index: int, count: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the training process ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _stack(examples: list[tuple[np.ndarray, int]]) -> Batch:

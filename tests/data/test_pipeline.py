@@ -1,3 +1,4 @@
+import contextlib
 import hashlib
 import io
 import multiprocessing
@@ -216,6 +217,15 @@ class TestRandomCropsByStep:
         while any(p.is_alive() for p in workers) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not any(p.is_alive() for p in workers)
+
+    def test_worker_processes_leave_interrupts_to_the_training_process(self, source):
+        pipeline = self.pipeline(Photos(source), workers=WORKERS[2])
+        with contextlib.closing(pipeline.batches(0, 12)) as batches:
+            got = [next(batches), next(batches)]  # one of each worker
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, signal.SIGINT)
+            got += list(batches)
+        assert shas(got) == shas(pipeline.batch(step) for step in range(12))
 
     def test_pixels_in_memory_cannot_be_cropped_so(self, source):
         with pytest.raises(ValueError, match="encoded"):
