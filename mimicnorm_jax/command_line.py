@@ -43,8 +43,6 @@ def _parse(argv: list[str]) -> list[str]:
     except Exception as error:  # a config file is a program: it can fail in any way
         reason = (str(error).splitlines() or [""])[0].partition(" Other fields present")[0]
         raise UserError(f"--config={path} failed: {type(error).__name__}: {reason}") from error
-    if _CONFIG.value is None:
-        raise UserError("--config is missing; for example --config configs/digits_resnet20.py")
     return rest
 
 
@@ -69,6 +67,8 @@ def run_program(program: Callable[[], None] | Mapping[str, Callable[[], None]]) 
                 raise UserError(f"say which: {', '.join(program)}")
             if rest[1] not in program:
                 raise unknown("command", rest[1], program)
+        if _CONFIG.value is None:
+            raise UserError("--config is missing; for example --config configs/digits_resnet20.py")
         _reject_arguments(rest[2:] if isinstance(program, Mapping) else rest[1:])
         return rest
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import pathlib
 
 import numpy as np
@@ -34,7 +35,9 @@ class FolderSource(EncodedSource):
         with refused_by_system(f"cannot read folder {directory}"):
             for label, folder in enumerate(self._class_folders()):
                 found = sorted(
-                    path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES
+                    path
+                    for path in folder.iterdir()
+                    if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
                 )
                 if not found:
                     suffixes = ", ".join(IMAGE_SUFFIXES)
@@ -52,7 +55,11 @@ class FolderSource(EncodedSource):
         expected = f"expected {self.directory}/<class>/*.jpg"
         if not self.directory.is_dir():
             raise UserError(f"{self.directory} is not a folder; {expected}")
-        folders = sorted(path for path in self.directory.iterdir() if path.is_dir())
+        folders = sorted(
+            path
+            for path in self.directory.iterdir()
+            if path.is_dir() and not path.name.startswith(".")
+        )
         if not folders:
             raise UserError(f"{self.directory} has no class folders; {expected}")
         if len(folders) == 1:
@@ -65,9 +72,10 @@ class FolderSource(EncodedSource):
     @functools.cached_property
     def identity(self) -> str:
         # all names, and some sizes: asking for a million of them would take minutes
-        names = (str(path.relative_to(self.directory)).encode() + b"\n" for path in self.paths)
+        names = (os.fsencode(path.relative_to(self.directory)) + b"\n" for path in self.paths)
         chosen = np.linspace(0, len(self) - 1, min(1000, len(self))).astype(int)
-        sizes = np.array([self.paths[index].stat().st_size for index in chosen])
+        with refused_by_system(f"cannot read the images in {self.directory}"):
+            sizes = np.array([self.paths[index].stat().st_size for index in chosen])
         return digest([*names, sizes])
 
     def read(self, index: int) -> tuple[bytes, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import pathlib
 import zlib
 
@@ -41,7 +42,7 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
     if content[:3] != bytes((0, 0, _UINT8)) or not dimensions or len(content) < start:
         raise UserError(f"{path} is not an IDX file of bytes")
     shape = tuple(int(n) for n in np.frombuffer(content, ">u4", dimensions, 4))
-    expected = int(np.prod(shape, dtype=np.int64))
+    expected = math.prod(shape)
     if len(content) - start != expected:
         raise UserError(
             f"{path} is damaged: its header says {expected} bytes, {len(content) - start} follow"
@@ -61,14 +62,14 @@ def _open_split(root: pathlib.Path, split: str, size: int) -> ArraySource:
     images_path = _find(root, f"{prefix}-images-idx3-ubyte")
     labels_path = _find(root, f"{prefix}-labels-idx1-ubyte")
     images, labels = read_idx(images_path), read_idx(labels_path)
-    if images.ndim != 3 or labels.shape != images.shape[:1]:
+    if images.ndim != 3 or not images.size or labels.shape != images.shape[:1]:
         raise UserError(
             f"{images_path} and {labels_path} do not belong together: images of shape "
             f"{images.shape}, labels of shape {labels.shape}"
         )
     if images.shape[1:] != (size, size):
         images = np.stack([centre_crop(image, size, size) for image in images])
-    names = [str(label) for label in range(max(10, int(labels.max(initial=0)) + 1))]
+    names = [str(label) for label in range(max(10, int(labels.max()) + 1))]
     return ArraySource(images[..., None], labels, names)
 
 

@@ -14,19 +14,26 @@ from typing import NamedTuple, Protocol
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image
 
 # As Pillow's own limit: a header that claims more is a mistake or an attack.
 MAX_PIXELS = 2 * 89_478_485
-
-# What a damaged file makes the decoders raise.
-DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 cv2.setNumThreads(0)  # the pipeline works on many images at a time already
 
 _START_OF_IMAGE, _END_OF_IMAGE, _START_OF_SCAN = b"\xff\xd8", b"\xff\xd9", 0xDA
 _HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
-_UPSIDE_UP = 1
+_BLOCK_ROWS = 32  # the most that a row of blocks is high
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Crop(NamedTuple):
@@ -88,13 +95,14 @@ def _check_size(height: int, width: int) -> None:
 
 
 def _with_pillow(data: bytes, *, upright: bool) -> np.ndarray:
-    """Decodes anything that Pillow knows, without its warnings about large images."""
+    """Decodes anything that Pillow knows."""
     with Image.open(io.BytesIO(data)) as file:
         _check_size(*file.size)
-        image: Image.Image = ImageOps.exif_transpose(file) if upright else file
+        turn = _turn(file) if upright else None
+        image: Image.Image = file if turn is None else file.transpose(turn)
         if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-        if "transparency" in image.info:
+        if "transparency" in file.info:
             image = image.convert("RGBA")
         return np.asarray(image.convert("RGB"))
 
@@ -105,8 +113,16 @@ def _is_plain(jpeg: _Jpeg | None, data: bytes, *, upright: bool) -> bool:
     _check_size(jpeg.height, jpeg.width)
     if upright and jpeg.has_exif:
         with Image.open(io.BytesIO(data)) as image:
-            return image.getexif().get(0x0112, _UPSIDE_UP) == _UPSIDE_UP
+            return _turn(image) is None
     return True
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How an image is turned upright; None if it is, or if its EXIF data are damaged."""
+    try:
+        return _TURNED.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # whatever damaged EXIF data make their reader raise
+        return None
 
 
 def decode(data: bytes, *, upright: bool) -> np.ndarray:
@@ -117,8 +133,8 @@ def decode(data: bytes, *, upright: bool) -> np.ndarray:
       upright: turn it as its EXIF orientation says.
 
     Raises:
-      OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError: damaged, no
-        image, or beyond ``MAX_PIXELS``.
+      Exception: damaged, no image, or beyond ``MAX_PIXELS``; mostly ``OSError`` or
+        ``ValueError``, but decoders raise what they like.
     """
     if _is_plain(_parse_jpeg(data), data, upright=upright):
         try:
@@ -138,7 +154,8 @@ def decode_crop(data: bytes, choose: CropChoice, size: int, *, upright: bool) ->
       upright: turn the image as its EXIF orientation says, before it is cropped.
 
     Raises:
-      As for ``decode``; but damage outside the crop may go unnoticed.
+      As for ``decode``; but damage in the middle of a JPEG, which leaves wrong pixels, goes
+      unnoticed more often.
     """
     jpeg = _parse_jpeg(data)
     if jpeg is not None and _is_plain(jpeg, data, upright=upright):
@@ -178,9 +195,9 @@ def _decode_part(data: bytes, jpeg: _Jpeg, crop: Crop, size: int) -> np.ndarray 
     scale = 1
     while scale < 8 and min(crop.height, crop.width) >= 2 * scale * size:
         scale *= 2
-    # At least a row beyond the crop, which the upsampling of the colours looks at, and a
-    # whole number of blocks, which are up to 32 pixels high.
-    height = min(((crop.top + crop.height) // 32 + 1) * 32, jpeg.height)
+    # Rows beyond the crop, which the upsampling of the colours looks at, and whole blocks.
+    needed = crop.top + crop.height + 2 * scale
+    height = min((needed // _BLOCK_ROWS + 1) * _BLOCK_ROWS, jpeg.height)
     if height < jpeg.height:
         at = jpeg.height_at
         data = data[:at] + height.to_bytes(2) + data[at + 2 :]

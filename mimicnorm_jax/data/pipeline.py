@@ -9,7 +9,6 @@ processes nor what ran before changes a batch.
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import os
@@ -176,8 +175,12 @@ class Pipeline:
                 num_workers=workers.processes, per_worker_buffer_size=1
             )
             iterable = iterable.mp_prefetch(processes, worker_init_fn=_leave_interrupts_alone)
-        with contextlib.closing(iter(iterable)) as iterator:
+        iterator = iter(iterable)
+        try:
             yield from iterator
+        finally:
+            if hasattr(iterator, "close"):  # older versions of Grain leave it to the collector
+                iterator.close()
 
 
 def _leave_interrupts_alone(index: int, count: int) -> None:

@@ -166,9 +166,12 @@ class EncodedSource(abc.ABC):
         try:
             data, label = self.read(index)
             image = decode(data)
-        except images.DECODING_ERRORS as error:
+        except UserError:
+            raise
+        except Exception as error:  # whatever a damaged file makes a decoder raise
             where = self.describe(index)
-            reason = (str(error).replace(where, "it").splitlines() or [type(error).__name__])[0]
+            text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            reason = text.splitlines()[0]
             raise UserError(f"cannot read image {where}: {reason}") from error
         if not 0 <= label < len(self.class_names):
             raise UserError(

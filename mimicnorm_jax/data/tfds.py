@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import pathlib
 import re
 from typing import Any
@@ -14,12 +15,32 @@ from mimicnorm_jax.data.sources import EncodedSource, View, digest
 from mimicnorm_jax.errors import UserError, refused_by_system, unknown
 
 FORMAT = "array_record"
+PREPARABLE = ("cifar10", "cifar100", "mnist", "imagenet2012")
 _INFO = "dataset_info.json"
+_VERSION = r"\d+\.\d+\.\d+"
+_OTHER_FILES = 256  # that a process may have open beside the shards
 
 
-def prepare_command(name: str, directory: str | pathlib.Path) -> str:
-    """The command that prepares a data set."""
-    return f"python -m mimicnorm_jax.tools.prepare_data {name} --data-dir {directory}"
+def how_to_prepare(name: str, directory: str | pathlib.Path) -> str:
+    """What a person does to have a data set prepared."""
+    if name in PREPARABLE:
+        return (
+            f"prepare it: python -m mimicnorm_jax.tools.prepare_data {name} --data-dir {directory}"
+        )
+    return f"prepare it: tfds build {name} --file_format={FORMAT} --data_dir={directory}"
+
+
+def unfinished(root: pathlib.Path) -> list[pathlib.Path]:
+    """Folders below ``root`` that preparations left which did not come to their end."""
+    return [
+        path
+        for path in sorted(root.glob("**/*"))
+        if path.is_dir()
+        and (
+            path.name.startswith("incomplete.")
+            or (re.fullmatch(_VERSION, path.name) and not (path / _INFO).is_file())
+        )
+    ]
 
 
 def build_directory(directory: str | pathlib.Path, name: str) -> pathlib.Path:
@@ -33,29 +54,63 @@ def build_directory(directory: str | pathlib.Path, name: str) -> pathlib.Path:
         raise UserError(
             f"config.data.dir = {str(directory)!r} is not a folder; mount remote storage as one"
         )
-    found: list[tuple[tuple[int, ...], pathlib.Path]] = []
-    begun: list[pathlib.Path] = []
     with refused_by_system(f"config.data.dir = {str(directory)!r} cannot be read"):
-        for path in sorted((root / name).glob("**/*")):
-            if not path.is_dir():
-                continue
-            if path.name.startswith("incomplete."):
-                begun.append(path)
-            elif re.fullmatch(r"\d+\.\d+\.\d+", path.name):
-                if (path / _INFO).is_file():
-                    found.append((tuple(map(int, path.name.split("."))), path))
-                else:
-                    begun.append(path)
+        infos = sorted((root / name).glob(f"**/{_INFO}"))
+        found = [info.parent for info in infos if re.fullmatch(_VERSION, info.parent.name)]
+        begun = unfinished(root / name)
     if not found:
         half = f"{begun[0]} was not finished" if begun else f"{root / name} has no prepared version"
-        raise UserError(f"{half}; prepare it: {prepare_command(name, directory)}")
-    return max(found)[1]
+        raise UserError(f"{half}; {how_to_prepare(name, directory)}")
+    configs = sorted({str(path.parent.relative_to(root)) for path in found})
+    if len(configs) > 1:
+        raise UserError(f"{root / name} has several configurations; say which: {configs}")
+    return max(found, key=lambda path: tuple(map(int, path.name.split("."))))
 
 
 def formats_of(builder: Any) -> list[str]:
     """The file formats of a build, its own first."""
     info = builder.info
     return [each.value for each in (info.file_format, *info.alternative_file_formats)]
+
+
+def read_builder(path: pathlib.Path) -> Any:
+    """The TFDS builder of the build in a folder, complete or not.
+
+    Raises:
+      UserError: its description is damaged.
+    """
+    import tensorflow_datasets as tfds  # takes a second, and only this source needs it
+
+    try:
+        return tfds.builder_from_directory(path)
+    except Exception as error:  # whatever a damaged JSON file makes it raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is damaged; remove it: {reason}") from error
+
+
+def allow_open_files(count: int) -> None:
+    """Lets this process, and those it starts, have ``count`` shards open.
+
+    Each shard that has been read stays open, and ImageNet has more of them than the usual
+    limit of 1024.
+
+    Raises:
+      UserError: the system does not allow as many.
+    """
+    if os.name == "nt":  # which has no such limit
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + _OTHER_FILES
+    if soft in (resource.RLIM_INFINITY, -1) or soft >= needed:
+        return
+    if hard not in (resource.RLIM_INFINITY, -1) and hard < needed:
+        raise UserError(
+            f"{count} shards take as many open files, and this system allows {hard}; raise that: "
+            f"ulimit -n {needed}"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def open_build(path: pathlib.Path) -> Any:
@@ -68,36 +123,33 @@ def open_build(path: pathlib.Path) -> Any:
       UserError: it is in another format, or a shard is missing or has not the number of
         records that it should have.
     """
-    import tensorflow_datasets as tfds  # takes a second, and only this source needs it
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
-    try:
-        builder = tfds.builder_from_directory(path)
-    except Exception as error:  # whatever a damaged JSON file makes it raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is damaged: {reason}") from error
-    command = prepare_command(builder.name, path.parent.parent)
+    builder = read_builder(path)
+    root = next((folder.parent for folder in path.parents if folder.name == builder.name), path)
+    advice = how_to_prepare(builder.name, root)
     formats = formats_of(builder)
     if FORMAT not in formats:
         raise UserError(
-            f"{path} is in {formats[0]} format, which only TensorFlow reads; convert it: {command}"
+            f"{path} is in {formats[0]} format, which only TensorFlow reads; to convert it, "
+            f"{advice}"
         )
     if formats[0] != FORMAT:
         builder.info.set_file_format(FORMAT, override=True, override_if_initialized=True)
+    shards = sum(split.num_shards for split in builder.info.splits.values())
+    allow_open_files(shards)
     for split in builder.info.splits.values():
         for shard, expected in zip(split.filepaths, split.shard_lengths, strict=True):
             if not pathlib.Path(shard).is_file():
-                raise UserError(f"{shard} is missing; prepare the data set again: {command}")
+                raise UserError(f"{shard} is missing; remove {path} and {advice}")
             try:
                 records = len(ArrayRecordDataSource([str(shard)]))
             except Exception as error:  # a C++ error without a type
-                raise UserError(
-                    f"{shard} is damaged; remove {path} and prepare the data set again: {command}"
-                ) from error
+                raise UserError(f"{shard} is damaged; remove {path} and {advice}") from error
             if records != expected:
                 raise UserError(
                     f"{shard} has {records} records instead of {expected}; remove {path} and "
-                    f"prepare the data set again: {command}"
+                    f"{advice}"
                 )
     return builder
 
@@ -118,40 +170,54 @@ class TFDSSource(EncodedSource):
         import tensorflow_datasets as tfds
 
         features = builder.info.features
-        if not {"image", "label"} <= set(features):
-            raise UserError(
-                f"{builder.data_path} has no image and label, but {', '.join(features)}"
-            )
+        wanted = {"image": tfds.features.Image, "label": tfds.features.ClassLabel}
+        for name, kind in wanted.items():
+            if name not in features or not isinstance(features[name], kind):
+                raise UserError(
+                    f"{builder.data_path} has no {name} of type {kind.__name__}, but "
+                    f"{', '.join(features)}"
+                )
+        channels = features["image"].shape[-1] or 3
+        if channels not in (1, 3):
+            raise UserError(f"{builder.data_path} has images of {channels} channels, not 1 or 3")
         try:
             self._info = builder.info.splits[split]
         except (KeyError, ValueError) as error:
             raise unknown(f"split of {builder.data_path}", split, builder.info.splits) from error
+        if self._info.num_examples <= 0:
+            raise UserError(f"split {split!r} of {builder.data_path} has no examples")
         self._source = builder.as_data_source(
             split=split, decoders={"image": tfds.decode.SkipDecoding()}
         )
         self._directory = pathlib.Path(builder.data_path)
-        channels = features["image"].shape[-1] or 3
         super().__init__(features["label"].names, view, channels=channels)
 
     def __len__(self) -> int:
         return len(self._source)
 
     def read(self, index: int) -> tuple[bytes, int]:
-        example = self._source[int(index)]
+        try:
+            example = self._source[int(index)]
+        except Exception as error:  # a C++ error without a type
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"cannot read {self.describe(index)}: {reason}; remove {self._directory} and "
+                "prepare it again"
+            ) from error
         return example["image"], int(example["label"])
 
     def describe(self, index: int) -> str:
         for part in self._info.file_instructions:
-            if index < part.examples_in_shard:
+            if index < part.take:
                 return f"{part.filename} record {part.skip + index}"
-            index -= part.examples_in_shard
+            index -= part.take
         raise IndexError(index)
 
     @functools.cached_property
     def identity(self) -> str:
         # where the examples are, and some of them: reading a million would take minutes
         parts = [
-            f"{pathlib.Path(part.filename).name} {part.skip} {part.examples_in_shard}\n".encode()
+            f"{pathlib.Path(part.filename).name} {part.skip} {part.take}\n".encode()
             for part in self._info.file_instructions
         ]
         chosen = np.linspace(0, len(self) - 1, min(100, len(self))).astype(int)
@@ -166,7 +232,7 @@ def open_tfds(data: ConfigDict) -> tuple[TFDSSource, TFDSSource]:
     if not data.dir:
         raise UserError(
             f"config.data.dir is not set; it is where {data.tfds_name} was prepared: "
-            f"{prepare_command(data.tfds_name, 'DIR')}, then --config.data.dir=DIR"
+            f"{how_to_prepare(data.tfds_name, 'DIR')}, then --config.data.dir=DIR"
         )
     builder = open_build(build_directory(data.dir, data.tfds_name))
     view = View.of(data)

@@ -9,7 +9,6 @@ import dataclasses
 import itertools
 import json
 import os
-import pathlib
 import time
 from collections.abc import Callable, Iterator
 
@@ -21,14 +20,13 @@ from mimicnorm_jax import command_line
 from mimicnorm_jax.data.pipeline import Pipeline, prefetch
 from mimicnorm_jax.data.random_crop import uniforms
 from mimicnorm_jax.data.sources import EncodedSource
-from mimicnorm_jax.errors import UserError, refused_by_system
 from mimicnorm_jax.parallel import shard_batch
+from mimicnorm_jax.tools.report import JSON, check_output, write_json
 from mimicnorm_jax.train.progress import Throughput
 from mimicnorm_jax.train.setup import Experiment, set_up
 
 _SECONDS = flags.DEFINE_float("seconds", 3.0, "How long each stage is timed.", 0.01)
 _STEPS = flags.DEFINE_integer("steps", 20, "Training steps to time; 0 leaves them out.", 0)
-_JSON = flags.DEFINE_string("json", None, "Where the numbers go; unset for nowhere.")
 
 _EXAMPLES = 256  # that are read and decoded again and again
 
@@ -151,13 +149,8 @@ def train(experiment: Experiment, steps: int) -> tuple[float, float]:
     return rate, fraction
 
 
-def _check_output(path: str | None) -> None:
-    if path and not pathlib.Path(path).absolute().parent.is_dir():
-        raise UserError(f"--json={path} cannot be written: its folder does not exist")
-
-
 def _input() -> None:
-    _check_output(_JSON.value)
+    check_output("json", JSON.value, (".json",))
     experiment = set_up(command_line.config())
     source, shape = experiment.train_data.source, experiment.train_data.source.image_shape
     print(f"{len(source)} images, batches of {experiment.config.batch_size} x {shape}", flush=True)
@@ -179,10 +172,7 @@ def _input() -> None:
         rate, fraction = train(experiment, _STEPS.value)
         print(f"{'training':<34}{rate:>12.0f}\ninput_wait_fraction {np.round(fraction, 4)}")
         report |= {"training_images_per_second": rate, "input_wait_fraction": fraction}
-    if _JSON.value:
-        with refused_by_system(f"--json={_JSON.value} cannot be written"):
-            pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n")
-        print(f"numbers: {_JSON.value}")
+    write_json(json.dumps(report, indent=2) + "\n")
 
 
 def main() -> None:

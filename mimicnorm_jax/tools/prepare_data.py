@@ -25,7 +25,16 @@ import numpy as np
 from tqdm import tqdm
 
 from mimicnorm_jax.data.sources import View
-from mimicnorm_jax.data.tfds import FORMAT, TFDSSource, build_directory, formats_of, open_build
+from mimicnorm_jax.data.tfds import (
+    FORMAT,
+    PREPARABLE,
+    TFDSSource,
+    build_directory,
+    formats_of,
+    open_build,
+    read_builder,
+    unfinished,
+)
 from mimicnorm_jax.errors import UserError, refused_by_system
 
 _DECODED = 64  # examples a split that are decoded by a check
@@ -46,7 +55,7 @@ class Published:
     source: str = ""
 
 
-DATA_SETS = {
+DATA_SETS: dict[str, Published] = {
     "cifar10": Published({"train": 50_000, "test": 10_000}),
     "cifar100": Published({"train": 50_000, "test": 10_000}),
     "mnist": Published({"train": 60_000, "test": 10_000}),
@@ -171,7 +180,7 @@ def _build(name: str, data_dir: pathlib.Path, manual_dir: pathlib.Path, *, sampl
     if lines := missing_archives(name, manual_dir, sample=sample):
         raise UserError(f"{'; '.join(lines)}; from {published.source}")
     tfds = _import_tfds()
-    for leftover in (data_dir / name).glob("**/incomplete.*"):
+    for leftover in unfinished(data_dir / name):
         print(f"removing {leftover}, which was not finished", file=sys.stderr)
         shutil.rmtree(leftover)
     builder = tfds.builder(name, data_dir=data_dir, file_format=FORMAT)
@@ -184,12 +193,12 @@ def _build(name: str, data_dir: pathlib.Path, manual_dir: pathlib.Path, *, sampl
         )
         try:
             builder.download_and_prepare(download_config=config)
-        except (OSError, tfds.download.DownloadError) as error:
-            raise UserError(_download_help(builder, manual_dir, error)) from error
         except tfds.core.download.download_manager.NonMatchingChecksumError as error:
             raise UserError(
                 f"{str(error).splitlines()[0].rstrip(':')}; if it is a sample, --sample"
             ) from error
+        except Exception as error:  # of the network, the disk, and all that reads archives
+            raise UserError(_what_failed(builder, manual_dir, error)) from error
 
 
 def _accept_any_archive(builder: Any, manual_dir: pathlib.Path) -> None:
@@ -202,13 +211,15 @@ def _accept_any_archive(builder: Any, manual_dir: pathlib.Path) -> None:
             builder.url_infos[url] = checksums.compute_url_info(path)
 
 
-def _download_help(builder: Any, manual_dir: pathlib.Path, error: Exception) -> str:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+def _what_failed(builder: Any, manual_dir: pathlib.Path, error: Exception) -> str:
+    reason = (str(error).splitlines() or [""])[0]
     files = ", ".join(
         f"{url} ({info.size} bytes) as {manual_dir / info.filename}"
         for url, info in builder.url_infos.items()
+        if info.filename
     )
-    return f"{builder.name} could not be prepared: {reason}; if this is the network, put {files}"
+    advice = f"; if this is the network, put {files}" if files else ""
+    return f"{builder.name} could not be prepared: {type(error).__name__}: {reason}{advice}"
 
 
 def _convert(path: pathlib.Path) -> None:
@@ -217,9 +228,7 @@ def _convert(path: pathlib.Path) -> None:
     A shard gets its name when it is complete, and the build says that it has this format
     when all are; so an interrupted conversion goes on where it was.
     """
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder_from_directory(path)
+    builder = read_builder(path)
     formats = formats_of(builder)
     if FORMAT in formats:
         return
@@ -235,12 +244,21 @@ def _convert(path: pathlib.Path) -> None:
             continue
         part = new.with_name(f"{new.name}.part")
         writer = ArrayRecordWriter(str(part), "group_size:1")  # else random access is slow
-        for record in tf.data.TFRecordDataset(str(old)).as_numpy_iterator():
-            writer.write(record)
-        writer.close()
+        try:
+            for record in tf.data.TFRecordDataset(str(old)).as_numpy_iterator():
+                writer.write(record)
+        except tf.errors.OpError as error:
+            reason = (error.message.splitlines() or [type(error).__name__])[0]
+            raise UserError(f"cannot read {old}: {reason}") from error
+        finally:
+            writer.close()
         part.rename(new)
     builder.info.add_alternative_file_format(FORMAT)
     builder.info.write_to_directory(path)
+
+
+def _path(text: str) -> pathlib.Path:
+    return pathlib.Path(text).expanduser()  # which no shell does in --data-dir=~/data
 
 
 class _Parser(argparse.ArgumentParser):
@@ -251,11 +269,11 @@ class _Parser(argparse.ArgumentParser):
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="python -m mimicnorm_jax.tools.prepare_data", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("name", choices=DATA_SETS, help="the data set")
-    parser.add_argument("--data-dir", type=pathlib.Path, required=True, help="where it goes")
+    parser.add_argument("name", choices=PREPARABLE, help="the data set")
+    parser.add_argument("--data-dir", type=_path, required=True, help="where it goes")
     parser.add_argument(
         "--manual-dir",
-        type=pathlib.Path,
+        type=_path,
         help="where the archives are (default: DATA_DIR/archives)",
     )
     parser.add_argument("--check", action="store_true", help="only say what is there or missing")

@@ -36,6 +36,7 @@ from mimicnorm_jax.methods import METHODS
 from mimicnorm_jax.precision import resolve_precision
 from mimicnorm_jax.theory import Layer, Probe
 from mimicnorm_jax.tools.probe_plot import plot
+from mimicnorm_jax.tools.report import JSON, check_output, write_json
 from mimicnorm_jax.train.checkpoint import Checkpoints
 from mimicnorm_jax.train.setup import configure_jax, network_arguments, normalization, set_up
 from mimicnorm_jax.train.workdir import other_fields
@@ -47,7 +48,6 @@ _DRAWS = flags.DEFINE_integer(
     "draws", 1, "Initializations to average over; the gradient is of the first.", 1
 )
 _PLOT = flags.DEFINE_string("plot", "probe.png", "Where the picture goes; empty for none.")
-_JSON = flags.DEFINE_string("json", None, "Where the numbers go; unset for nowhere.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,15 +232,6 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.5g}") if math.isfinite(value) else None  # JSON has no infinity
 
 
-def _check_output(name: str, path: str | None, endings: Sequence[str]) -> None:
-    """Finds out before the work whether its result can be written."""
-    if path:
-        if pathlib.Path(path).suffix not in endings:
-            raise UserError(f"--{name}={path} does not end in {' or '.join(endings)}")
-        if not pathlib.Path(path).absolute().parent.is_dir() or pathlib.Path(path).is_dir():
-            raise UserError(f"--{name}={path} cannot be written: that is not a file in a folder")
-
-
 def _run() -> None:
     config = command_line.config()
     if _METHODS.value == []:
@@ -252,14 +243,11 @@ def _run() -> None:
     checkpoint = None if _CHECKPOINT.value is None else pathlib.Path(_CHECKPOINT.value)
     if checkpoint is not None and (_METHODS.value or _DRAWS.value > 1):
         raise UserError("--checkpoint is one state of one method; leave out --methods and --draws")
-    _check_output("plot", _PLOT.value, (".png", ".pdf", ".svg"))
-    _check_output("json", _JSON.value, (".json",))
+    check_output("plot", _PLOT.value, (".png", ".pdf", ".svg"))
+    check_output("json", JSON.value, (".json",))
     rows = probe(config, methods, images=_IMAGES.value, draws=_DRAWS.value, checkpoint=checkpoint)
     print(table(rows, columns=shutil.get_terminal_size((200, 0)).columns))
-    if _JSON.value:
-        with refused_by_system(f"--json={_JSON.value} cannot be written"):
-            pathlib.Path(_JSON.value).write_text(as_json(rows))
-        print(f"numbers: {_JSON.value}")
+    write_json(as_json(rows))
     if _PLOT.value:
         state = f"of {checkpoint}" if checkpoint else "at initialization"
         title = f"{config.network} {state}, {_IMAGES.value} images"

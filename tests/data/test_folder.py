@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import numpy as np
@@ -187,3 +188,25 @@ def test_wrong_folders_are_named(folder):
     (folder / "empty").mkdir()
     with pytest.raises(UserError, match="no class folders"):
         open_splits(data_config(name="folder", dir=str(folder), train_split="empty"))
+
+
+def test_hidden_files_are_neither_classes_nor_images(folder):
+    before = FolderSource(folder / "train", VIEW)
+    (folder / "train" / ".ipynb_checkpoints").mkdir()
+    (folder / "train" / "cat" / "._0.png").write_bytes(b"of a file manager")
+    after = FolderSource(folder / "train", VIEW)
+    assert after.class_names == before.class_names and after.paths == before.paths
+
+
+def test_any_name_that_the_system_allows_has_an_identity(folder):
+    os.rename(folder / "train" / "cat" / "0.png", os.fsencode(folder) + b"/train/cat/\xff.png")
+    assert len(FolderSource(folder / "train", VIEW).identity) == 64
+
+
+def test_a_link_to_nowhere_is_named(folder):
+    (folder / "train" / "cat" / "9.png").symlink_to("nowhere")
+    source = FolderSource(folder / "train", VIEW)
+    with pytest.raises(UserError, match=r"cannot read image .*cat/9\.png: No such file"):
+        source[3]
+    with pytest.raises(UserError, match="cannot read the images in"):
+        _ = source.identity

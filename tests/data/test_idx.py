@@ -62,6 +62,7 @@ def test_what_is_wrong_with_a_file_is_said(mnist):
         (gzip.compress(b"\0\0\x08\x03\0"), "not an IDX file of bytes"),
         (gzip.compress(b""), "not an IDX file of bytes"),
         (gzip.compress(idx_bytes(np.zeros(29))), "do not belong together"),
+        (gzip.compress(b"\0\0\x08\x03" + b"\x80\0\0\0" * 3), "its header says 9903520314283042199"),
     ):
         labels.write_bytes(content)
         with pytest.raises(UserError, match=message):
@@ -70,6 +71,15 @@ def test_what_is_wrong_with_a_file_is_said(mnist):
     with pytest.raises(UserError, match=r"train-labels-idx1-ubyte\.gz is missing"):
         open_splits(data_config(mnist))
     assert read_idx(images).shape == (30, 28, 28)
+
+
+@pytest.mark.parametrize("shape", [(0, 28, 28), (30, 0, 0)])
+def test_no_images_are_no_data_set(mnist, shape):
+    images, labels = (mnist / f"train-{k}-ubyte.gz" for k in ("images-idx3", "labels-idx1"))
+    images.write_bytes(gzip.compress(idx_bytes(np.zeros(shape))))
+    labels.write_bytes(gzip.compress(idx_bytes(np.zeros(shape[0]))))
+    with pytest.raises(UserError, match="do not belong together"):
+        open_splits(data_config(mnist))
 
 
 def test_a_wrong_folder_is_named(tmp_path):

@@ -12,8 +12,8 @@ import simplejpeg
 import sklearn.datasets
 from PIL import Image
 
+from mimicnorm_jax.data import images
 from mimicnorm_jax.data.images import (
-    DECODING_ERRORS,
     MAX_PIXELS,
     Crop,
     centre_crop,
@@ -21,6 +21,7 @@ from mimicnorm_jax.data.images import (
     decode_crop,
 )
 
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 PHOTOS = sorted((pathlib.Path(sklearn.datasets.__file__).parent / "images").glob("*.jpg"))
 CROPS = [  # of 427 x 640 pixels: at the edges, aligned with blocks and not, tiny, all
     Crop(0, 0, 427, 640),
@@ -151,6 +152,45 @@ def test_exif_orientation_is_followed_or_ignored(photo, orientation):
     crop = Crop(20, 30, 224, 224)
     got = decode_crop(data, lambda height, width: crop, 224, upright=True)
     assert difference(got, crop_of(turned, crop)) < 1.5
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, about those data
+def test_damaged_exif_data_turn_nothing(photo):
+    """Found by fuzzing: a tag of the wrong type, where the orientation is one that turns."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = saved(Image.open(io.BytesIO(photo)), exif=exif)
+    at = data.index(b"Exif\0\0") + 6
+    for offset in range(40):  # of the header and the first entries
+        for value in (0, 2, 255):
+            damaged = bytearray(data)
+            damaged[at + offset] = value
+            for image in (
+                decode(bytes(damaged), upright=True),
+                decode_crop(bytes(damaged), lambda h, w: Crop(0, 0, 8, 8), 8, upright=True),
+            ):
+                assert image.shape[2] == 3
+
+
+@pytest.mark.parametrize("kind", [*JPEGS, "rotated 4:2:2"])
+def test_scaled_crops_have_all_their_rows(kind):
+    """As the decoder's rows are fewer and larger, so is the margin below the crop."""
+    image = Image.open(PHOTOS[0])
+    if kind == "rotated 4:2:2":
+        image = image.transpose(Image.Transpose.ROTATE_90)
+    data = saved(image, **JPEGS.get(kind, {"subsampling": 1}))
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        height, width = generator.integers(64, [image.height + 1, image.width + 1]).tolist()
+        top = int(generator.integers(0, image.height - height + 1))
+        left = int(generator.integers(0, image.width - width + 1))
+        crop = Crop(top, left, height, width)
+        size = min(height, width) // int(generator.choice([2, 4, 8]))
+        got = decode_crop(data, lambda h, w, crop=crop: crop, size, upright=False)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(images, "_BLOCK_ROWS", 1 << 20)  # nothing is cut off
+            expected = decode_crop(data, lambda h, w, crop=crop: crop, size, upright=False)
+        np.testing.assert_array_equal(got, expected)
 
 
 def gradient(mode):

@@ -18,9 +18,16 @@ from PIL import Image
 from mimicnorm_jax.config import default_config, validate
 from mimicnorm_jax.data.sources import View
 from mimicnorm_jax.data.splits import open_splits
-from mimicnorm_jax.data.tfds import TFDSSource, build_directory, open_build
+from mimicnorm_jax.data.tfds import (
+    PREPARABLE,
+    TFDSSource,
+    allow_open_files,
+    build_directory,
+    how_to_prepare,
+    open_build,
+)
 from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.tools.prepare_data import check, main
+from mimicnorm_jax.tools.prepare_data import DATA_SETS, check, main
 
 TRAIN, TEST = 150, 40  # examples of the fake CIFAR-100
 SYNSETS = ("n01440764", "n01443537", "n04486054")  # three of ImageNet's classes
@@ -30,6 +37,11 @@ needs_tensorflow = pytest.mark.skipif(
     importlib.util.find_spec("tensorflow") is None,
     reason="NOT TESTED: preparing data sets needs the extra prepare (TensorFlow)",
 )
+
+
+def write_cifar100_to(folder):
+    folder.mkdir()
+    write_cifar100(folder / "cifar-100-binary.tar.gz")
 
 
 def add(archive, name, content):
@@ -230,6 +242,14 @@ class TestPrepared:
         assert "wrong checksum; if it is a sample, --sample" in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
 
+    def test_a_damaged_archive_is_one_line(self, prepared, tmp_path):
+        write_cifar100_to(tmp_path / "archives")
+        archive = tmp_path / "archives" / "cifar-100-binary.tar.gz"
+        archive.write_bytes(archive.read_bytes()[:5000])
+        done = run_tool("cifar100", "--data-dir", tmp_path, "--sample")
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert "error: cifar100 could not be prepared: " in done.stderr.splitlines()[-1]
+
     def test_a_tfrecord_build_is_converted_beside_its_files(self, prepared, tmp_path):
         root, _ = prepared
         script = (
@@ -298,6 +318,68 @@ class TestDamaged:
         with pytest.raises(UserError, match="is damaged"):
             open_build(build)
 
+    def test_the_advice_helps(self, build):
+        """A folder of a version without its description made TFDS believe that all is there."""
+        root = build.parent.parent
+        (build / "dataset_info.json").unlink()
+        write_cifar100_to(root / "archives")
+        done = run_tool("cifar100", "--data-dir", root, "--sample")
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert f"removing {build}" in done.stderr
+
+    def test_a_damaged_record_is_named(self, build):
+        (shard,) = build.glob("*train*")
+        content = bytearray(shard.read_bytes())
+        middle = len(content) // 2
+        content[middle : middle + 20_000] = bytes(20_000)
+        shard.write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            open_splits(data_config(build.parent.parent, "cifar100"))
+        assert re.match(rf"cannot read {shard} record \d+: ", str(caught.value))
+        assert "\n" not in str(caught.value)
+
+    def test_a_damaged_description_does_not_stop_the_tool_with_a_traceback(self, build):
+        (build / "dataset_info.json").write_text("{")
+        done = run_tool("cifar100", "--data-dir", build.parent.parent)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert f"{build} is damaged; remove it" in done.stderr
+
+    def test_records_of_slices_are_named_rightly(self, build):
+        view = View(size=32, resize=32, upright=True)
+        whole = {split: TFDSSource(open_build(build), split, view) for split in ("train", "test")}
+        both = TFDSSource(open_build(build), "train[10:20]+test", view)
+        for index, split, record in ((0, "train", 10), (9, "train", 19), (10, "test", 0)):
+            assert both.describe(index).endswith(f"record {record}")
+            assert f"cifar100-{split}." in both.describe(index)
+            assert both.read(index) == whole[split].read(record)
+        parts = [TFDSSource(open_build(build), f"train[:{n}]", view) for n in (20, 40)]
+        assert parts[0].identity != parts[1].identity
+
+    def test_an_empty_split_is_refused(self, build):
+        view = View(size=32, resize=32, upright=True)
+        for split in ("train[:0]", "train[60:50]"):
+            with pytest.raises(UserError, match="has no examples"):
+                TFDSSource(open_build(build), split, view)
+
+    def test_labels_have_to_be_classes(self, build):
+        features = json.loads((build / "features.json").read_text())
+        content = features["featuresDict"]["features"]
+        content["label"] = content["id"]
+        (build / "features.json").write_text(json.dumps(features))
+        with pytest.raises(UserError, match="no label of type ClassLabel"):
+            TFDSSource(open_build(build), "train", View(size=32, resize=32, upright=True))
+
+    def test_several_configurations_need_a_choice(self, build):
+        root = build.parent.parent
+        for config in ("small", "large"):
+            shutil.copytree(build, root / "other" / config / "1.0.0")
+        with pytest.raises(UserError, match=r"say which: \['other/large', 'other/small'\]"):
+            build_directory(root, "other")
+        assert build_directory(root, "other/small") == root / "other" / "small" / "1.0.0"
+        shutil.copytree(build, root / "other" / "small" / "1.0.10")
+        shutil.copytree(build, root / "other" / "small" / "1.0.9")
+        assert build_directory(root, "other/small").name == "1.0.10"
+
     def test_a_split_that_does_not_exist(self, build):
         view = View(size=32, resize=32, upright=True)
         with pytest.raises(UserError, match=r"'val'.*allowed: .*train"):
@@ -336,6 +418,32 @@ def test_a_wrong_command_line_is_one_line(capsys, arguments, message):
     assert exit_.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line), line
+
+
+def test_the_home_directory_is_found_where_no_shell_expands_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(SystemExit):
+        main(["cifar10", "--data-dir=~/data", "--check"])
+    assert f"{tmp_path}/data/cifar10 has no prepared version" in capsys.readouterr().err
+
+
+def test_as_many_files_may_be_open_as_there_are_shards(monkeypatch):
+    """ImageNet has 1,024 shards, the usual limit; each that was read stays open."""
+    resource = pytest.importorskip("resource")
+    limits = {}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, values: limits.update({kind: values}))
+    allow_open_files(700)
+    assert not limits
+    allow_open_files(1088)
+    assert limits == {resource.RLIMIT_NOFILE: (1344, 4096)}
+    with pytest.raises(UserError, match="allows 4096; raise that: ulimit -n 5256"):
+        allow_open_files(5000)
+
+
+def test_what_the_tool_prepares_is_what_errors_advise():
+    assert set(DATA_SETS) == set(PREPARABLE)
+    assert "prepare_data svhn" not in how_to_prepare("svhn_cropped", "D")
 
 
 def test_without_tensorflow_the_extra_is_named(tmp_path, capsys, monkeypatch):

@@ -1,0 +1,38 @@
+"""What the programs that measure do with their results."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from absl import flags
+
+from mimicnorm_jax.errors import UserError, refused_by_system
+
+JSON = flags.DEFINE_string("json", None, "Where the numbers go; unset for nowhere.")
+
+
+def check_output(name: str, path: str | None, endings: Sequence[str]) -> None:
+    """Finds out before the work whether its result can be written.
+
+    Args:
+      name: of the flag.
+      path: its value; nothing is checked without one.
+      endings: allowed ones of the file name.
+
+    Raises:
+      UserError: it cannot.
+    """
+    if path:
+        if pathlib.Path(path).suffix not in endings:
+            raise UserError(f"--{name}={path} does not end in {' or '.join(endings)}")
+        if not pathlib.Path(path).absolute().parent.is_dir() or pathlib.Path(path).is_dir():
+            raise UserError(f"--{name}={path} cannot be written: that is not a file in a folder")
+
+
+def write_json(text: str) -> None:
+    """Writes the numbers to where ``--json`` says, if it does."""
+    if JSON.value:
+        with refused_by_system(f"--json={JSON.value} cannot be written"):
+            pathlib.Path(JSON.value).write_text(text)
+        print(f"numbers: {JSON.value}")
