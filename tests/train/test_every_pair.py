@@ -17,6 +17,7 @@ from mimicnorm_jax.models import BRANCHED, NETWORKS, create_model
 from mimicnorm_jax.parallel import shard_batch
 from mimicnorm_jax.train.setup import set_up
 
+EVERYTHING = os.environ.get("MIMICNORM_TEST_ALL_PAIRS")
 STEPS = 30
 KINDS = ("mlp", "vgg11", "resnet8", "squeezenet", "shufflenetv2_x0_5")
 
@@ -49,12 +50,11 @@ def fits(network, method):
 
 
 def pairs():
-    everything = os.environ.get("MIMICNORM_TEST_ALL_PAIRS")
     return [
         (network, method)
         for network in NETWORKS
         for method in METHODS
-        if fits(network, method) and (everything or method == "mimicnorm" or network in KINDS)
+        if fits(network, method) and (EVERYTHING or method == "mimicnorm" or network in KINDS)
     ]
 
 
@@ -124,6 +124,6 @@ def test_every_pair_learns_real_digits_in_30_steps(tiny_config, network, method)
     assert_learned(train(tiny_config, network, method, "float32"))
 
 
-@pytest.mark.parametrize("network", KINDS)
+@pytest.mark.parametrize("network", NETWORKS if EVERYTHING else KINDS)
 def test_every_kind_of_network_learns_in_bfloat16_too(tiny_config, network):
     assert_learned(train(tiny_config, network, "mimicnorm", "bfloat16"))
