@@ -77,7 +77,7 @@ def read_builder(path: pathlib.Path) -> Any:
     """The TFDS builder of the build in a folder, complete or not.
 
     Raises:
-      UserError: its description is damaged.
+      UserError: its description is damaged, or of another version of TFDS.
     """
     import tensorflow_datasets as tfds  # takes a second, and only this source needs it
 
@@ -85,7 +85,7 @@ def read_builder(path: pathlib.Path) -> Any:
         return tfds.builder_from_directory(path)
     except Exception as error:  # whatever a damaged JSON file makes it raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is damaged; remove it: {reason}") from error
+        raise UserError(f"{path} cannot be read as a TFDS build: {reason}") from error
 
 
 def allow_open_files(count: int) -> None:

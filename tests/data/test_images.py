@@ -172,6 +172,17 @@ def test_damaged_exif_data_turn_nothing(photo):
                 assert image.shape[2] == 3
 
 
+NARROW_MARGINS = [(Crop(1, 43, 382, 237), 59), (Crop(1, 13, 93, 403), 5)]  # a row was lost here
+
+
+def random_crops(height, width):
+    generator = np.random.default_rng(0)
+    for _ in range(60):
+        h, w = generator.integers(64, [height + 1, width + 1]).tolist()
+        top, left = generator.integers(0, [height - h + 1, width - w + 1]).tolist()
+        yield Crop(top, left, h, w), min(h, w) // int(generator.choice([2, 4, 8]))
+
+
 @pytest.mark.parametrize("kind", [*JPEGS, "rotated 4:2:2"])
 def test_scaled_crops_have_all_their_rows(kind):
     """As the decoder's rows are fewer and larger, so is the margin below the crop."""
@@ -179,13 +190,7 @@ def test_scaled_crops_have_all_their_rows(kind):
     if kind == "rotated 4:2:2":
         image = image.transpose(Image.Transpose.ROTATE_90)
     data = saved(image, **JPEGS.get(kind, {"subsampling": 1}))
-    generator = np.random.default_rng(0)
-    for _ in range(60):
-        height, width = generator.integers(64, [image.height + 1, image.width + 1]).tolist()
-        top = int(generator.integers(0, image.height - height + 1))
-        left = int(generator.integers(0, image.width - width + 1))
-        crop = Crop(top, left, height, width)
-        size = min(height, width) // int(generator.choice([2, 4, 8]))
+    for crop, size in (*NARROW_MARGINS, *random_crops(image.height, image.width)):
         got = decode_crop(data, lambda h, w, crop=crop: crop, size, upright=False)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(images, "_BLOCK_ROWS", 1 << 20)  # nothing is cut off

@@ -315,7 +315,7 @@ class TestDamaged:
 
     def test_a_damaged_description(self, build):
         (build / "dataset_info.json").write_text("{")
-        with pytest.raises(UserError, match="is damaged"):
+        with pytest.raises(UserError, match="cannot be read as a TFDS build"):
             open_build(build)
 
     def test_the_advice_helps(self, build):
@@ -342,7 +342,7 @@ class TestDamaged:
         (build / "dataset_info.json").write_text("{")
         done = run_tool("cifar100", "--data-dir", build.parent.parent)
         assert done.returncode == 2 and "Traceback" not in done.stderr
-        assert f"{build} is damaged; remove it" in done.stderr
+        assert f"{build} cannot be read as a TFDS build" in done.stderr
 
     def test_records_of_slices_are_named_rightly(self, build):
         view = View(size=32, resize=32, upright=True)
