@@ -180,14 +180,15 @@ def _build(name: str, data_dir: pathlib.Path, manual_dir: pathlib.Path, *, sampl
     if lines := missing_archives(name, manual_dir, sample=sample):
         raise UserError(f"{'; '.join(lines)}; from {published.source}")
     tfds = _import_tfds()
-    for leftover in unfinished(data_dir / name):
+    extracted_prefix = f"extracted-{name}-"
+    for leftover in (*unfinished(data_dir / name), *data_dir.glob(f"{extracted_prefix}*")):
         print(f"removing {leftover}, which was not finished", file=sys.stderr)
         shutil.rmtree(leftover)
     builder = tfds.builder(name, data_dir=data_dir, file_format=FORMAT)
     if sample:
         _accept_any_archive(builder, manual_dir)
     # An extracted archive is known by its name alone: one of another try must not be reused.
-    with tempfile.TemporaryDirectory(prefix="extracted-", dir=data_dir) as extracted:
+    with tempfile.TemporaryDirectory(prefix=extracted_prefix, dir=data_dir) as extracted:
         config = tfds.download.DownloadConfig(
             manual_dir=manual_dir if manual_dir.is_dir() else None, extract_dir=extracted
         )

@@ -115,6 +115,7 @@ def prepared(tmp_path_factory):
     write_imagenet(archives)
     # as an interrupted attempt leaves it
     (root / "cifar100" / "incomplete.ABC_3.0.2").mkdir(parents=True)
+    (root / "extracted-cifar100-ABC").mkdir()
     outputs = {}
     for name in ("cifar100", "imagenet2012"):
         done = run_tool(name, "--data-dir", root, "--sample")
