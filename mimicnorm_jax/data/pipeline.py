@@ -128,9 +128,7 @@ class Pipeline:
 
     def _gather(self, indices: np.ndarray) -> Batch:
         if isinstance(self.source, ArraySource):
-            # take() with "wrap" writes into its result without a buffer for the case of an error
-            image = np.take(self.source.images, indices, axis=0, mode="wrap")
-            return {"image": image, "label": self.source.labels[indices]}
+            return {"image": self.source.images[indices], "label": self.source.labels[indices]}
         return _stack([self.source[index] for index in indices])
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:

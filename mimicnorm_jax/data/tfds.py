@@ -30,6 +30,12 @@ def how_to_prepare(name: str, directory: str | pathlib.Path) -> str:
     return f"prepare it: tfds build {name} --file_format={FORMAT} --data_dir={directory}"
 
 
+def finished(root: pathlib.Path) -> list[pathlib.Path]:
+    """Folders of versions below ``root`` whose preparations came to their end."""
+    infos = sorted(root.glob(f"**/{_INFO}"))
+    return [info.parent for info in infos if re.fullmatch(_VERSION, info.parent.name)]
+
+
 def unfinished(root: pathlib.Path) -> list[pathlib.Path]:
     """Folders below ``root`` that preparations left which did not come to their end."""
     return [
@@ -55,8 +61,7 @@ def build_directory(directory: str | pathlib.Path, name: str) -> pathlib.Path:
             f"config.data.dir = {str(directory)!r} is not a folder; mount remote storage as one"
         )
     with refused_by_system(f"config.data.dir = {str(directory)!r} cannot be read"):
-        infos = sorted((root / name).glob(f"**/{_INFO}"))
-        found = [info.parent for info in infos if re.fullmatch(_VERSION, info.parent.name)]
+        found = finished(root / name)
         begun = unfinished(root / name)
     if not found:
         half = f"{begun[0]} was not finished" if begun else f"{root / name} has no prepared version"

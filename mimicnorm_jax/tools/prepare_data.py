@@ -30,6 +30,7 @@ from mimicnorm_jax.data.tfds import (
     PREPARABLE,
     TFDSSource,
     build_directory,
+    finished,
     formats_of,
     open_build,
     read_builder,
@@ -136,7 +137,7 @@ def prepare(
     """Builds or converts a data set, unless it is there already, and checks it.
 
     TFDS writes to a folder whose name begins with ``incomplete.`` and renames it at the
-    end; what an interrupted attempt left there is removed.
+    end; what an interrupted attempt left is removed, a version without description included.
 
     Args:
       name: of the data set.
@@ -153,12 +154,11 @@ def prepare(
     manual_dir = manual_dir or data_dir / "archives"
     with refused_by_system(f"--data-dir={data_dir} cannot be used"):
         data_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        path = build_directory(data_dir, name)
-    except UserError:
-        _build(name, data_dir, manual_dir, sample=sample)
+        is_there = finished(data_dir / name)
+    if is_there:
+        _convert(build_directory(data_dir, name))
     else:
-        _convert(path)
+        _build(name, data_dir, manual_dir, sample=sample)
     return check(name, data_dir, sample=sample)
 
 
