@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,8 @@ import jax
 import pytest
 
 from mimicnorm_jax.config import default_config
+from mimicnorm_jax.data.tfds import build_directory
+from tests import archives
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -73,3 +76,30 @@ def run_main():
         return subprocess.run(command, cwd=cwd, env=env, timeout=300, **pipes)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory):
+    """The folder with both data sets, and what their preparation printed."""
+    root = tmp_path_factory.mktemp("prepared")
+    folder = root / "archives"
+    folder.mkdir()
+    archives.write_cifar100(folder / "cifar-100-binary.tar.gz")
+    archives.write_imagenet(folder)
+    # as an interrupted attempt leaves it
+    (root / "cifar100" / "incomplete.ABC_3.0.2").mkdir(parents=True)
+    (root / "extracted-cifar100-ABC").mkdir()
+    outputs = {}
+    for name in ("cifar100", "imagenet2012"):
+        done = archives.run_tool(name, "--data-dir", root, "--sample")
+        assert done.returncode == 0, done.stderr[-2000:]
+        outputs[name] = done
+    return root, outputs
+
+
+@pytest.fixture
+def build(prepared, tmp_path):
+    """A copy of the prepared CIFAR-100, to be damaged."""
+    root, _ = prepared
+    shutil.copytree(root / "cifar100", tmp_path / "cifar100")
+    return build_directory(tmp_path, "cifar100")

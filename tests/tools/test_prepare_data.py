@@ -1,134 +1,30 @@
 """From archives in the published formats through the real TFDS builders to a trained step."""
 
 import importlib.util
-import io
 import json
-import pathlib
 import re
-import shutil
 import subprocess
 import sys
-import tarfile
 
 import numpy as np
 import pytest
-import sklearn.datasets
-from PIL import Image
 
-from mimicnorm_jax.config import default_config, validate
-from mimicnorm_jax.data.sources import View
 from mimicnorm_jax.data.splits import open_splits
-from mimicnorm_jax.data.tfds import (
-    PREPARABLE,
-    TFDSSource,
-    allow_open_files,
-    build_directory,
-    how_to_prepare,
-    open_build,
-)
+from mimicnorm_jax.data.tfds import PREPARABLE, TFDSSource, how_to_prepare
 from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.tools.prepare_data import DATA_SETS, check, main
-
-TRAIN, TEST = 150, 40  # examples of the fake CIFAR-100
-SYNSETS = ("n01440764", "n01443537", "n04486054")  # three of ImageNet's classes
-PER_SYNSET, VALIDATION = 4, 6
-
-needs_tensorflow = pytest.mark.skipif(
-    importlib.util.find_spec("tensorflow") is None,
-    reason="NOT TESTED: preparing data sets needs the extra prepare (TensorFlow)",
+from mimicnorm_jax.tools.prepare_data import DATA_SETS, main
+from tests.archives import (
+    PER_SYNSET,
+    SYNSETS,
+    TEST,
+    TRAIN,
+    VALIDATION,
+    cifar100_pixels,
+    data_config,
+    needs_tensorflow,
+    run_tool,
+    write_cifar100_to,
 )
-
-
-def write_cifar100_to(folder):
-    folder.mkdir()
-    write_cifar100(folder / "cifar-100-binary.tar.gz")
-
-
-def add(archive, name, content):
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    archive.addfile(info, io.BytesIO(content))
-
-
-def cifar100_pixels(count, seed):
-    return np.random.default_rng(seed).integers(0, 256, (count, 3, 32, 32), np.uint8)
-
-
-def write_cifar100(path):
-    """Of each example a coarse label, a fine label, and 3 x 1024 bytes."""
-
-    def records(count, seed):
-        pixels = cifar100_pixels(count, seed)
-        return b"".join(bytes((i % 20, i % 100)) + pixels[i].tobytes() for i in range(count))
-
-    with tarfile.open(path, "w:gz") as archive:
-        for name, content in (
-            ("train.bin", records(TRAIN, 0)),
-            ("test.bin", records(TEST, 1)),
-            ("coarse_label_names.txt", "\n".join(f"coarse{i}" for i in range(20)).encode()),
-            ("fine_label_names.txt", "\n".join(f"fine{i}" for i in range(100)).encode()),
-        ):
-            add(archive, f"cifar-100-binary/{name}", content)
-
-
-def photographs():
-    """JPEGs cut from two photographs, none like another, one of them grey."""
-    folder = pathlib.Path(sklearn.datasets.__file__).parent / "images"
-    index = 0
-    while True:
-        with Image.open(sorted(folder.glob("*.jpg"))[index % 2]) as image:
-            left = 20 * index
-            part = image.crop((left, 10 * index, left + 200 + 7 * index, 10 * index + 150))
-        file = io.BytesIO()
-        (part.convert("L") if index == 3 else part).save(file, "jpeg")
-        yield file.getvalue()
-        index += 1
-
-
-def write_imagenet(directory):
-    """Of each class an archive in the training archive; the validation images in one."""
-    photos = photographs()
-    with tarfile.open(directory / "ILSVRC2012_img_train.tar", "w") as archive:
-        for synset in SYNSETS:
-            inner = io.BytesIO()
-            with tarfile.open(fileobj=inner, mode="w") as of_synset:
-                for index in range(PER_SYNSET):
-                    add(of_synset, f"{synset}_{index}.JPEG", next(photos))
-            add(archive, f"{synset}.tar", inner.getvalue())
-    with tarfile.open(directory / "ILSVRC2012_img_val.tar", "w") as archive:
-        for index in range(VALIDATION):
-            add(archive, f"ILSVRC2012_val_{index + 1:08d}.JPEG", next(photos))
-
-
-def run_tool(*arguments):
-    command = [sys.executable, "-m", "mimicnorm_jax.tools.prepare_data", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory):
-    """The folder with both data sets, and what their preparation printed."""
-    root = tmp_path_factory.mktemp("prepared")
-    archives = root / "archives"
-    archives.mkdir()
-    write_cifar100(archives / "cifar-100-binary.tar.gz")
-    write_imagenet(archives)
-    # as an interrupted attempt leaves it
-    (root / "cifar100" / "incomplete.ABC_3.0.2").mkdir(parents=True)
-    (root / "extracted-cifar100-ABC").mkdir()
-    outputs = {}
-    for name in ("cifar100", "imagenet2012"):
-        done = run_tool(name, "--data-dir", root, "--sample")
-        assert done.returncode == 0, done.stderr[-2000:]
-        outputs[name] = done
-    return root, outputs
-
-
-def data_config(root, name, **values):
-    config = default_config()
-    config.data.update({"name": "tfds", "tfds_name": name, "dir": str(root)} | values)
-    validate(config)
-    return config.data
 
 
 @needs_tensorflow
@@ -277,48 +173,6 @@ class TestPrepared:
 
 @needs_tensorflow
 class TestDamaged:
-    @pytest.fixture
-    def build(self, prepared, tmp_path):
-        root, _ = prepared
-        shutil.copytree(root / "cifar100", tmp_path / "cifar100")
-        return build_directory(tmp_path, "cifar100")
-
-    def refused(self, build):
-        with pytest.raises(UserError) as caught:
-            check("cifar100", build.parent.parent, sample=True)
-        message = str(caught.value)
-        assert "\n" not in message
-        assert "prepare_data cifar100 --data-dir" in message
-        return message
-
-    def test_a_missing_shard(self, build):
-        (shard,) = build.glob("*train*")
-        shard.unlink()
-        assert f"{shard} is missing" in self.refused(build)
-
-    @pytest.mark.parametrize("left", [0, 0.5])
-    def test_a_truncated_shard(self, build, left):
-        (shard,) = build.glob("*train*")
-        content = shard.read_bytes()
-        shard.write_bytes(content[: int(left * len(content))])
-        assert f"{shard}" in self.refused(build)
-
-    def test_a_shard_of_another_split(self, build):
-        (train,), (test,) = build.glob("*train*"), build.glob("*test*")
-        train.write_bytes(test.read_bytes())
-        assert f"{train} has {TEST} records instead of {TRAIN}" in self.refused(build)
-
-    def test_a_build_that_was_not_finished(self, build):
-        (build / "dataset_info.json").unlink()
-        assert f"{build} was not finished" in self.refused(build)
-        build.rename(build.with_name("incomplete.XYZ_3.0.2"))
-        assert "was not finished" in self.refused(build)
-
-    def test_a_damaged_description(self, build):
-        (build / "dataset_info.json").write_text("{")
-        with pytest.raises(UserError, match="cannot be read as a TFDS build"):
-            open_build(build)
-
     def test_the_advice_helps(self, build):
         """A folder of a version without its description made TFDS believe that all is there."""
         root = build.parent.parent
@@ -328,64 +182,11 @@ class TestDamaged:
         assert done.returncode == 0, done.stderr[-2000:]
         assert f"removing {build}" in done.stderr
 
-    def test_a_damaged_record_is_named(self, build):
-        (shard,) = build.glob("*train*")
-        content = bytearray(shard.read_bytes())
-        middle = len(content) // 2
-        content[middle : middle + 20_000] = bytes(20_000)
-        shard.write_bytes(content)
-        with pytest.raises(UserError) as caught:
-            open_splits(data_config(build.parent.parent, "cifar100"))
-        assert re.match(rf"cannot read {shard} record \d+: ", str(caught.value))
-        assert "\n" not in str(caught.value)
-
     def test_a_damaged_description_does_not_stop_the_tool_with_a_traceback(self, build):
         (build / "dataset_info.json").write_text("{")
         done = run_tool("cifar100", "--data-dir", build.parent.parent)
         assert done.returncode == 2 and "Traceback" not in done.stderr
         assert f"{build} cannot be read as a TFDS build" in done.stderr
-
-    def test_records_of_slices_are_named_rightly(self, build):
-        view = View(size=32, resize=32, upright=True)
-        whole = {split: TFDSSource(open_build(build), split, view) for split in ("train", "test")}
-        both = TFDSSource(open_build(build), "train[10:20]+test", view)
-        for index, split, record in ((0, "train", 10), (9, "train", 19), (10, "test", 0)):
-            assert both.describe(index).endswith(f"record {record}")
-            assert f"cifar100-{split}." in both.describe(index)
-            assert both.read(index) == whole[split].read(record)
-        parts = [TFDSSource(open_build(build), f"train[:{n}]", view) for n in (20, 40)]
-        assert parts[0].identity != parts[1].identity
-
-    def test_an_empty_split_is_refused(self, build):
-        view = View(size=32, resize=32, upright=True)
-        for split in ("train[:0]", "train[60:50]"):
-            with pytest.raises(UserError, match="has no examples"):
-                TFDSSource(open_build(build), split, view)
-
-    def test_labels_have_to_be_classes(self, build):
-        features = json.loads((build / "features.json").read_text())
-        content = features["featuresDict"]["features"]
-        content["label"] = content["id"]
-        (build / "features.json").write_text(json.dumps(features))
-        with pytest.raises(UserError, match="no label of type ClassLabel"):
-            TFDSSource(open_build(build), "train", View(size=32, resize=32, upright=True))
-
-    def test_several_configurations_need_a_choice(self, build):
-        root = build.parent.parent
-        for config in ("small", "large"):
-            shutil.copytree(build, root / "other" / config / "1.0.0")
-        with pytest.raises(UserError, match=r"say which: \['other/large', 'other/small'\]"):
-            build_directory(root, "other")
-        assert build_directory(root, "other/small") == root / "other" / "small" / "1.0.0"
-        shutil.copytree(build, root / "other" / "small" / "1.0.10")
-        shutil.copytree(build, root / "other" / "small" / "1.0.9")
-        assert build_directory(root, "other/small").name == "1.0.10"
-
-    def test_a_split_that_does_not_exist(self, build):
-        view = View(size=32, resize=32, upright=True)
-        with pytest.raises(UserError, match=r"'val'.*allowed: .*train"):
-            TFDSSource(open_build(build), "val", view)
-        assert len(TFDSSource(open_build(build), "train[:10%]", view)) == TRAIN // 10
 
 
 def test_what_is_missing_is_said_with_names_places_and_sizes(tmp_path, capsys):
@@ -428,20 +229,6 @@ def test_the_home_directory_is_found_where_no_shell_expands_it(tmp_path, capsys,
     assert f"{tmp_path}/data/cifar10 has no prepared version" in capsys.readouterr().err
 
 
-def test_as_many_files_may_be_open_as_there_are_shards(monkeypatch):
-    """ImageNet has 1,024 shards, the usual limit; each that was read stays open."""
-    resource = pytest.importorskip("resource")
-    limits = {}
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1024, 4096))
-    monkeypatch.setattr(resource, "setrlimit", lambda kind, values: limits.update({kind: values}))
-    allow_open_files(700)
-    assert not limits
-    allow_open_files(1088)
-    assert limits == {resource.RLIMIT_NOFILE: (1344, 4096)}
-    with pytest.raises(UserError, match="allows 4096; raise that: ulimit -n 5256"):
-        allow_open_files(5000)
-
-
 def test_what_the_tool_prepares_is_what_errors_advise():
     assert set(DATA_SETS) == set(PREPARABLE)
     assert "prepare_data svhn" not in how_to_prepare("svhn_cropped", "D")
@@ -452,17 +239,3 @@ def test_without_tensorflow_the_extra_is_named(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["cifar10", "--data-dir", str(tmp_path)])
     assert "pip install 'mimicnorm-jax[prepare]'" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"tfds_name": ""}, "tfds_name is not set"),
-        ({"dir": ""}, r"config\.data\.dir is not set.*prepare_data cifar100 --data-dir DIR"),
-        ({"dir": "gs://bucket/data"}, "mount remote storage"),
-        ({"dir": "/nowhere"}, "no prepared version.*prepare_data cifar100 --data-dir /nowhere"),
-    ],
-)
-def test_a_build_that_is_not_there(values, message):
-    with pytest.raises(UserError, match=message):
-        open_splits(data_config("D", "cifar100", **values))
