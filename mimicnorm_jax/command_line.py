@@ -5,12 +5,15 @@ from __future__ import annotations
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from mimicnorm_jax.config import FIELDS
-from mimicnorm_jax.errors import NonFiniteError, UserError, unknown
+from mimicnorm_jax.errors import RunError, UserError, unknown
+from mimicnorm_jax.parallel import coordination
+from mimicnorm_jax.parallel.coordination import Failure
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration, a Python file.")
 
@@ -54,7 +57,8 @@ def _reject_arguments(arguments: list[str]) -> None:
 def run_program(program: Callable[[], None] | Mapping[str, Callable[[], None]]) -> None:
     """Parses the flags and runs a program.
 
-    A wrong input is one line and exit code 2, divergence one line and exit code 1.
+    A wrong input is one line and exit code 2, a run that cannot go on one line and exit code 1.
+    Where one of several processes fails, the others end too.
 
     Args:
       program: what to run; or, where the first argument chooses, what it chooses from.
@@ -79,6 +83,20 @@ def run_program(program: Callable[[], None] | Mapping[str, Callable[[], None]]) 
 
     try:
         app.run(run, flags_parser=parse)
-    except (UserError, NonFiniteError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+    except UserError as error:
+        _fail(Failure(2, str(error)))
+    except RunError as error:
+        _fail(Failure(1, str(error)))
+    except KeyboardInterrupt:
+        _fail(Failure(130, "interrupted"))
+    except Exception as error:
+        if coordination.process_count() == 1:
+            raise
+        coordination.fail_unexpectedly(error)
+
+
+def _fail(failure: Failure) -> NoReturn:
+    if coordination.process_count() > 1:
+        coordination.fail(failure)
+    print(f"error: {failure.message}", file=sys.stderr)
+    sys.exit(failure.code)

@@ -25,12 +25,18 @@ SCHEDULES = ("multistep", "constant", "cosine", "linear")
 # Epochs are counted exactly, in millionths; more of them than this are a slip of the hand.
 SHORTEST, LONGEST = 1e-6, 1e6
 
+# Fields in which even the processes of one run may differ: what their machines have where.
+LOCAL_FIELDS = (
+    *("compilation_cache", "data.dir", "data.cache_gib", "data.threads", "data.processes"),
+)
+
 # Fields that change what is watched or kept, not what is computed: a run may be
 # continued with another value of them. (The data themselves may move, not change: a run
 # remembers which images it was started with.)
 FREE_FIELDS = (
-    *("max_steps", "log_every", "checkpoint_every", "keep_checkpoints"),
-    *("data.dir", "data.cache_gib", "data.threads", "data.processes"),
+    *("max_steps", "log_every", "checkpoint_every", "keep_checkpoints", "num_devices"),
+    *("hang_minutes", "skip_limit"),
+    *LOCAL_FIELDS,
 )
 
 
@@ -114,11 +120,15 @@ FIELDS: dict[str, Field] = {
     "precision": Field("auto", "Type of convolutions and matrix products; auto is bfloat16 on GPU and TPU, float32 on CPU.", PRECISIONS),
     "weight_mean": Field("projected", "How weight mean is kept: by the optimizer (projected), or in the forward pass (reparameterized).", ("projected", "reparameterized")),
     "deterministic": Field(False, "Deterministic GPU kernels, for bit-exact resume on GPUs (slower).", **_true_or_false()),
-    "num_devices": Field(None, "Devices to use; unset uses all.", **_at_least(1), kind=int),
+    "num_devices": Field(None, "Devices to use, over all processes; unset uses all.", **_at_least(1), kind=int),
     "log_every": Field(10, "Steps between two lines of metrics.", **_at_least(1)),
     "eval_every": Field(1.0, "Epochs between two evaluations; the end is always evaluated.", **_at_least(SHORTEST, LONGEST)),
     "checkpoint_every": Field(1.0, "Epochs between two checkpoints; the end is always kept.", **_at_least(SHORTEST, LONGEST)),
-    "keep_checkpoints": Field(2, "Latest checkpoints to keep, beside the best one.", **_at_least(1)),
+    "keep_checkpoints": Field(2, "Latest checkpoints to keep, beside the best one; 0 keeps all, for tools.verify.", **_at_least(0)),
+    "on_nonfinite": Field("stop", "A step whose loss, gradient or result is infinite or NaN stops the run, or changes nothing and is counted (skip).", ("stop", "skip")),
+    "skip_limit": Field(100, "skip: the run stops when more steps than this were skipped.", **_at_least(0)),
+    "hang_minutes": Field(30.0, "Without a step for so long, all stacks are printed and the run ends; 0 never does.", **_at_least(0)),
+    "compilation_cache": Field("auto", "Folder that keeps compiled programs, so that a restart compiles nothing; auto: JAX_COMPILATION_CACHE_DIR, else ~/.cache/mimicnorm_jax; empty: none."),
     "network_options.stem": Field(None, "resnet*, squeezenet, shufflenetv2*: first layers.", ("auto", "small", "large"), kind=str),
     "network_options.shortcut": Field(None, "resnet*: what meets a changed shape.", ("auto", "identity", "projection"), kind=str),
     "network_options.dropout": Field(None, "vgg*: dropout rate after the hidden dense layers.", **_in_unit_interval(), kind=float),

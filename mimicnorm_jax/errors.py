@@ -15,7 +15,14 @@ class UserError(ValueError):
     """
 
 
-class NonFiniteError(RuntimeError):
+class RunError(RuntimeError):
+    """What ends a run that was well started: a full disk, a lost process, a hang.
+
+    The command-line programs print it in one line and exit with code 1.
+    """
+
+
+class NonFiniteError(RunError):
     """The loss, the gradient or a parameter became infinite or NaN."""
 
 

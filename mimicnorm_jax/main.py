@@ -1,4 +1,4 @@
-"""Trains or evaluates (--mode=eval) one configuration.
+"""Trains or evaluates (--mode=eval) one configuration, as one process or as one of several.
 
   python -m mimicnorm_jax.main --config configs/digits_resnet20.py --config.method=batchnorm
 
@@ -15,6 +15,7 @@ from absl import flags
 from mimicnorm_jax import command_line
 from mimicnorm_jax.config import validate
 from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.parallel import coordination, startup
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/<config>-<method>-s<seed>.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate a run.")
@@ -22,7 +23,8 @@ _RECALIBRATE = flags.DEFINE_bool("recalibrate", False, "Evaluate with exact last
 
 
 def _run() -> None:
-    from mimicnorm_jax.train import loop, workdir  # after parsing, so that --help is quick
+    # after parsing, so that --help is quick
+    from mimicnorm_jax.train import evaluation, loop, setup, workdir
 
     if _WORKDIR.value == "":
         raise UserError("--workdir= is empty; leave it out for runs/<config>-<method>-s<seed>")
@@ -32,10 +34,14 @@ def _run() -> None:
     validate(config)
     default = workdir.default_workdir(config, command_line.config_path())
     folder = pathlib.Path(_WORKDIR.value or default)
-    if _MODE.value == "eval":
-        print(json.dumps(loop.evaluate_run(config, folder, exact=_RECALIBRATE.value), indent=2))
-    else:
+    setup.configure_jax(config)
+    startup.join()
+    if _MODE.value == "train":
         loop.train(config, folder)
+        return
+    results = evaluation.evaluate_run(config, folder, exact=_RECALIBRATE.value)
+    if coordination.is_first():
+        print(json.dumps(results, indent=2))
 
 
 def main() -> None:

@@ -73,7 +73,10 @@ WRONG = {
     "log_every": 0,
     "eval_every": 1e-320,
     "checkpoint_every": 0.0,
-    "keep_checkpoints": 0,
+    "keep_checkpoints": -1,
+    "on_nonfinite": "ignore",
+    "skip_limit": -1,
+    "hang_minutes": -1.0,
     "network_options.stem": "huge",
     "network_options.dropout": 1.0,
     "network_options.depth": 3,  # resnet20 has none

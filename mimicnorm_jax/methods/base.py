@@ -168,6 +168,11 @@ class Method:
         """
         return 1
 
+    @property
+    def depends_on_devices(self) -> bool:
+        """Whether the result depends on how many devices share a batch."""
+        return False
+
     def head(self, num_classes: int) -> Function:
         """What follows the classifier; the result is in at least float32."""
         return Upcast(self.precision.param_dtype)

@@ -35,6 +35,10 @@ class BatchNorm(Method):
     def min_batch_size(self, num_devices: int) -> int:
         return 2 * num_devices if self.bn_sync == "local" else 2
 
+    @property
+    def depends_on_devices(self) -> bool:
+        return self.bn_sync == "local"
+
     def _normalizes(self, site: Site) -> bool:
         return site.role not in ("hidden_dense", "classifier")
 

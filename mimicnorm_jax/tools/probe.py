@@ -10,7 +10,6 @@ one differs from the next by more than any theory could say.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -20,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
@@ -39,6 +39,7 @@ from mimicnorm_jax.tools.probe_plot import plot
 from mimicnorm_jax.tools.report import JSON, check_output, write_json
 from mimicnorm_jax.train.checkpoint import Checkpoints
 from mimicnorm_jax.train.setup import configure_jax, network_arguments, normalization, set_up
+from mimicnorm_jax.train.state import TrainState
 from mimicnorm_jax.train.workdir import other_fields
 
 _METHODS = flags.DEFINE_list("methods", None, "Methods to compare (default: config.method).")
@@ -163,7 +164,7 @@ def _check_options(config: ConfigDict, methods: Sequence[str]) -> None:
         validate(_for_method(config, method))
 
 
-def _restore(config: ConfigDict, workdir: pathlib.Path) -> Any:
+def _restore(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
     """The latest state of a run."""
     directory = workdir / "checkpoints"
     if not directory.is_dir() or not (workdir / "config.json").is_file():
@@ -173,12 +174,10 @@ def _restore(config: ConfigDict, workdir: pathlib.Path) -> Any:
             f"--checkpoint={workdir} is a run of another configuration: {differing}; give the "
             "same --config fields"
         )
-    experiment = set_up(config)
-    with contextlib.closing(Checkpoints(directory, keep=config.keep_checkpoints)) as checkpoints:
-        restored = checkpoints.restore_latest(experiment.abstract_state)
+    restored = Checkpoints(directory).restore_latest(set_up(config).abstract_state, set_aside=False)
     if restored is None:
         raise UserError(f"--checkpoint={workdir} has no checkpoint that can be read")
-    return restored[0]
+    return jax.tree.map(jnp.asarray, restored.state)
 
 
 _TITLES = (

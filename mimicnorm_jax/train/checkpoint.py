@@ -1,33 +1,115 @@
-"""Checkpoints: asynchronous, never half there, a damaged one skipped for the one before."""
+"""Checkpoints: asynchronous, never half there, a damaged one skipped for the one before.
+
+A state is the same on every device (``P()``), so process 0 writes it, as host arrays, and every
+process reads it. Nothing in a checkpoint depends on the number of devices or processes.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import dataclasses
 import pathlib
 import shutil
 import sys
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.train.state import TrainState
+from mimicnorm_jax.errors import RunError, UserError
+from mimicnorm_jax.parallel import coordination
+from mimicnorm_jax.train.state import TrainState, digest
 
-_METRIC = "test_accuracy"
-Restored = tuple[TrainState, dict[str, Any]]
+Progress = dict[str, Any]
+DIGEST = "state_sha256"
+
+
+class Restored(NamedTuple):
+    """A checkpoint: the state as host arrays, and what else was saved with it."""
+
+    state: TrainState
+    progress: Progress
+
+
+def checkpoint_steps(directory: pathlib.Path) -> list[int]:
+    """Steps of the checkpoints in a folder, damaged ones included, in order."""
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def latest_step(directory: pathlib.Path) -> int:
     """Step of the newest checkpoint in a folder; 0 without one."""
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    return max((int(name) for name in names if name.isdecimal()), default=0)
+    return max(checkpoint_steps(directory), default=0)
 
 
-def _accuracy(metrics: dict[str, float]) -> float:
-    return metrics.get(_METRIC, -1.0)  # a state that was not evaluated is never the best
+def kept_step(directory: pathlib.Path) -> str:
+    """In words, what a run that fails can be resumed from."""
+    step = latest_step(directory)
+    return f"the checkpoint of step {step} is kept in {directory}" if step else "no step is kept"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+    """Each process reads, and process 0 writes, without waiting for the others."""
+    index = coordination.process_index()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=index,
+        active_processes=None if coordination.process_count() == 1 else {index},
+        barrier_sync_key_prefix=f"process_{index}",
+    )
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but for its look at the preemption service at every save.
+
+    It would tell the service the number of a step, and of an old one when a save is finished,
+    where the loop counts calls: then the processes may not agree on where to stop.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
+@dataclasses.dataclass
+class _KeepBest(policies.PreservationPolicy):
+    """Preserves the checkpoint of one step: the best."""
+
+    step: int = 0
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
+
+
+def read(directory: pathlib.Path, step: int, target: TrainState) -> Restored:
+    """Reads one checkpoint, and makes sure that it is what was saved.
+
+    Args:
+      directory: holds one folder a step.
+      step: which.
+      target: shapes and types.
+
+    Raises:
+      ValueError: the state has another digest than the one saved with it.
+      Exception: whatever a damaged file makes a decoder raise.
+    """
+    with contextlib.closing(
+        ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=_alone())
+    ) as checkpointer:
+        restored = checkpointer.restore(
+            directory.absolute() / str(step),
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()
+            ),
+        )
+    # Neither the compression nor the file system promises to notice a block of zeros.
+    if digest(restored.state) != restored.progress[DIGEST]:
+        raise ValueError("its digest is not the one saved with it")
+    return Restored(restored.state, restored.progress)
 
 
 class Checkpoints:
@@ -35,72 +117,94 @@ class Checkpoints:
 
     Args:
       directory: holds one folder a step.
-      keep: number of latest checkpoints to keep; the one of the best test accuracy is
-        kept beside them.
+      keep: number of latest checkpoints to keep, the best one beside them; 0 keeps all.
     """
 
-    def __init__(self, directory: pathlib.Path, *, keep: int):
+    def __init__(self, directory: pathlib.Path, *, keep: int = 0):
         self.directory = directory
         self._keep = keep
-        self._manager = self._open()
+        self._best = _KeepBest()
+        self._manager: _Manager | None = None  # opened when something is written
 
-    def _open(self) -> ocp.CheckpointManager:
-        best = policies.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False)
-        policy = policies.AnyPreservationPolicy([policies.LatestN(self._keep), best])
+    def _open(self) -> _Manager:
+        latest = policies.LatestN(self._keep or None)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy,
-            # The policy decides what is kept; without this, no metric would reach the disk,
-            # and a resumed run would not know which of its checkpoints is the best.
-            best_fn=_accuracy,
+            create=False,
+            cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
+            preservation_policy=policies.AnyPreservationPolicy([latest, self._best]),
+            multiprocessing_options=_alone(),
         )
-        return ocp.CheckpointManager(self.directory.absolute(), options=options)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        return _Manager(self.directory.absolute(), options=options)
 
-    def save(
-        self, state: TrainState, progress: dict[str, Any], test_accuracy: float | None
-    ) -> None:
-        """Starts to save; returns when the state and the progress may be overwritten.
+    def save(self, state: TrainState, progress: Progress, *, best_step: int) -> None:
+        """Starts to save in process 0; elsewhere does nothing.
 
         Args:
-          state: the state.
+          state: of host arrays, which must not be changed afterwards.
           progress: what else the loop needs to go on, as JSON.
-          test_accuracy: of this state, where it was evaluated.
+          best_step: the checkpoint to keep beside the latest.
+
+        Raises:
+          RunError: this or the save before it failed; older checkpoints are as they were.
         """
         step = int(state.step)
-        if step in self._manager.all_steps():
+        if not coordination.is_first():
             return
-        if jax.default_backend() == "cpu":
-            # On CPU Orbax writes from the device buffers themselves, which the next
-            # training step is about to reuse (they are donated).
-            state = jax.tree.map(jnp.copy, state)
-        # Orbax also writes the JSON later, from these objects, to which the loop goes on adding.
-        progress = copy.deepcopy(progress)
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
-            ),
-            metrics={} if test_accuracy is None else {_METRIC: test_accuracy},
-        )
+        with self._writing():
+            if self._manager is None:
+                self._manager = self._open()
+            self._best.step = best_step
+            if step in self._manager.all_steps():
+                return
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    # a copy: Orbax writes it later, in another thread
+                    progress=ocp.args.JsonSave(copy.deepcopy(progress) | {DIGEST: digest(state)}),
+                ),
+            )
 
-    def restore_latest(self, target: TrainState) -> Restored | None:
+    def check(self) -> None:
+        """Raises ``RunError`` if an asynchronous save has failed."""
+        if self._manager is not None:
+            with self._writing():
+                self._manager.check_for_errors()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore have no common one
+            self._manager = None  # it would raise the same again when closed
+            raise RunError(
+                f"a checkpoint could not be written: {_first_line(error)}; "
+                + kept_step(self.directory)
+                + "; mend the cause and resume with the same command"
+            ) from error
+
+    def restore_latest(self, target: TrainState, *, set_aside: bool = True) -> Restored | None:
         """The newest checkpoint that can be read; None if there are no checkpoints.
 
-        Damaged ones are reported and moved to ``damaged/`` beside the checkpoints, but
-        only where an older one can take their place.
+        Damaged ones are reported.
 
         Args:
-          target: shapes, types and shardings to restore to.
+          target: shapes and types to restore.
+          set_aside: move damaged ones to ``damaged/`` beside the checkpoints, where an older one
+            can take their place.
 
         Raises:
           UserError: there are checkpoints, and none of them can be read.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = coordination.exchange("checkpoints", checkpoint_steps(self.directory))[0]
         if not steps:
             return None
-        restored, damaged = self._first_readable(steps, target)
-        if damaged:
+        restored, damaged = self._first_readable(steps[::-1], target)
+        if damaged and set_aside and coordination.is_first():
             self._set_aside(damaged)
+        coordination.wait_for_all("restored")
         return restored
 
     def restore_best(self, target: TrainState) -> Restored:
@@ -109,26 +213,44 @@ class Checkpoints:
         Raises:
           UserError: there is none, or none that can be read.
         """
-        steps = sorted(self._manager.all_steps(), key=lambda step: (self._accuracy_of(step), step))
+        steps = coordination.exchange("checkpoints", checkpoint_steps(self.directory))[0]
         if not steps:
             raise UserError(f"{self.directory} has no checkpoint")
-        return self._first_readable(steps[::-1], target)[0]
+        progress = {step: self._progress(step) for step in steps}
+        best = next((p["best_step"] for p in reversed(progress.values()) if p), None)
 
-    def _accuracy_of(self, step: int) -> float:
+        def rank(step: int) -> tuple[bool, float, int]:
+            evaluation = (progress[step] or {}).get("evaluation") or {}
+            return step == best, evaluation.get("test_accuracy", -1.0), step
+
+        return self._first_readable(sorted(steps, key=rank, reverse=True), target)[0]
+
+    def _progress(self, step: int) -> Progress | None:
         try:
-            return _accuracy(self._manager.metrics(step) or {})
-        except Exception:  # whatever a damaged file makes a decoder raise
-            return -1.0
+            with contextlib.closing(
+                ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=_alone())
+            ) as checkpointer:
+                args = ocp.args.Composite(progress=ocp.args.JsonRestore())
+                path = self.directory.absolute() / str(step)
+                return checkpointer.restore(path, args=args).progress
+        except Exception:  # found damaged when it is read as a whole
+            return None
 
     def _first_readable(self, steps: list[int], target: TrainState) -> tuple[Restored, list[int]]:
-        """The first of ``steps`` that can be read, and those before it that cannot."""
+        """The first of ``steps`` that every process can read, and those before it."""
         damaged: list[int] = []
         for step in steps:
+            restored, reason = None, ""
             try:
-                return self._restore(step, target), damaged
+                restored = read(self.directory, step, target)
             except Exception as error:  # whatever a damaged file makes a decoder raise
-                damaged.append(step)
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                reason = _first_line(error)
+            reasons = coordination.exchange(f"checkpoint {step}", reason)
+            reason = next(filter(None, reasons), "")
+            if restored is not None and not reason:
+                return restored, damaged
+            damaged.append(step)
+            if coordination.is_first():
                 print(
                     f"WARNING: the checkpoint of step {step} is damaged ({reason})", file=sys.stderr
                 )
@@ -137,30 +259,17 @@ class Checkpoints:
             "another --workdir"
         )
 
-    def _restore(self, step: int, target: TrainState) -> Restored:
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()
-            ),
-        )
-        return restored.state, restored.progress
-
     def _set_aside(self, damaged: list[int]) -> None:
         aside = self.directory.parent / "damaged"
         print(f"WARNING: moved to {aside}; the checkpoint before it is used", file=sys.stderr)
-        self._manager.close()
         aside.mkdir(exist_ok=True)
         for step in damaged:
             shutil.rmtree(aside / str(step), ignore_errors=True)
             (self.directory / str(step)).rename(aside / str(step))
-        self._manager = self._open()
-
-    def latest_step(self) -> int:
-        """Step of the newest checkpoint, one that is still being written included; or 0."""
-        return self._manager.latest_step() or 0
 
     def close(self) -> None:
-        """Waits until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until everything is on disk; raises ``RunError`` if it could not be written."""
+        if self._manager is not None:
+            with self._writing():
+                self._manager.close()
+            self._manager = None

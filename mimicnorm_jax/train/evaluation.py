@@ -3,47 +3,70 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
+import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mimicnorm_jax.data.pipeline import Pipeline, prefetch
 from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.parallel import shard_batch
-from mimicnorm_jax.train.setup import Experiment
+from mimicnorm_jax.parallel import coordination, replicate, shard_batch
+from mimicnorm_jax.train.checkpoint import Checkpoints
+from mimicnorm_jax.train.setup import Experiment, set_up_together
 from mimicnorm_jax.train.state import TrainState
+from mimicnorm_jax.train.workdir import check_data, check_workdir, write_json
+
+OnBatch = Callable[[], None]
 
 
-def _batches(experiment: Experiment, split: Pipeline, description: str) -> Iterator[Any]:
+def _no_action() -> None:
+    pass
+
+
+def _batches(
+    experiment: Experiment, split: Pipeline, description: str, on_batch: OnBatch
+) -> Generator[Any]:
     """The whole split in order, on the devices, with its progress on a terminal."""
-    yield from tqdm(
-        prefetch(split.evaluation_batches(), lambda batch: shard_batch(batch, experiment.mesh)),
-        description,
-        math.ceil(split.steps(1)),
-        leave=False,
-        disable=not sys.stderr.isatty(),
-    )
+    ahead = prefetch(split.evaluation_batches(), lambda batch: shard_batch(batch, experiment.mesh))
+    shown = sys.stderr.isatty() and coordination.is_first()
+    with contextlib.closing(ahead):
+        for batch in tqdm(
+            ahead, description, math.ceil(split.steps(1)), leave=False, disable=not shown
+        ):
+            yield batch
+            on_batch()
 
 
-def evaluate(experiment: Experiment, state: TrainState) -> dict[str, float]:
+def evaluate(
+    experiment: Experiment, state: TrainState, on_batch: OnBatch = _no_action
+) -> dict[str, float]:
     """Loss and accuracy over the whole test split, every example once.
 
     Uses the averaged parameters where the run keeps them.
+
+    Args:
+      experiment: whose network and data.
+      state: on its devices.
+      on_batch: called after each batch; may raise to end the evaluation.
 
     Returns:
       ``test_loss``, ``test_accuracy`` (in [0, 1]) and ``test_examples``.
     """
     sums = collections.Counter[str]()
-    for batch in _batches(experiment, experiment.test_data, "evaluating"):
-        metrics = experiment.eval_step(state.evaluated_params, state.batch_stats, batch)
-        sums.update({name: value.item() for name, value in metrics.items()})
+    batches = _batches(experiment, experiment.test_data, "evaluating", on_batch)
+    with contextlib.closing(batches):
+        for batch in batches:
+            metrics = experiment.eval_step(state.evaluated_params, state.batch_stats, batch)
+            sums.update({name: value.item() for name, value in metrics.items()})
     return {
         "test_loss": sums["loss"] / sums["count"],
         "test_accuracy": sums["correct"] / sums["count"],
@@ -51,12 +74,14 @@ def evaluate(experiment: Experiment, state: TrainState) -> dict[str, float]:
     }
 
 
-def recalibrate(experiment: Experiment, state: TrainState) -> TrainState:
+def recalibrate(
+    experiment: Experiment, state: TrainState, on_batch: OnBatch = _no_action
+) -> TrainState:
     """Replaces the last BN's running statistics by those of the whole training split.
 
     One forward pass in evaluation mode over the training images as they are stored. The
     running statistics average logits of augmented images over parameters that were still
-    moving; these are exact.
+    moving; these are exact. Arguments as for ``evaluate``.
 
     Returns:
       The state with other batch statistics, to be evaluated (not to train on).
@@ -71,13 +96,15 @@ def recalibrate(experiment: Experiment, state: TrainState) -> TrainState:
             "recalibrated"
         )
     count, first, second = 0, np.zeros(()), np.zeros(())
-    for batch in _batches(experiment, experiment.train_data, "recalibrating"):
-        moments = jax.device_get(
-            experiment.moments_step(state.evaluated_params, state.batch_stats, batch)
-        )
-        count += int(moments["count"])
-        first = first + moments["first"].astype(np.float64)
-        second = second + moments["second"].astype(np.float64)
+    batches = _batches(experiment, experiment.train_data, "recalibrating", on_batch)
+    with contextlib.closing(batches):
+        for batch in batches:
+            moments = jax.device_get(
+                experiment.moments_step(state.evaluated_params, state.batch_stats, batch)
+            )
+            count += int(moments["count"])
+            first = first + moments["first"].astype(np.float64)
+            second = second + moments["second"].astype(np.float64)
     batch_stats = jax.tree.map(jnp.copy, state.batch_stats)
     statistics = network.last_bn_statistics(batch_stats)
     exact: dict[str, np.ndarray] = {
@@ -85,6 +112,54 @@ def recalibrate(experiment: Experiment, state: TrainState) -> TrainState:
         "var": (second - first**2 / count) / (count - 1),  # unbiased, as the running one
     }
     for name, value in exact.items():
-        old = statistics[name]
-        statistics[name] = jax.device_put(value.astype(old.dtype), old.sharding)
+        statistics[name] = replicate(value.astype(statistics[name].dtype), experiment.mesh)
     return dataclasses.replace(state, batch_stats=batch_stats)
+
+
+def evaluate_run(
+    config: ConfigDict, workdir: pathlib.Path, *, exact: bool = False
+) -> dict[str, Any]:
+    """Evaluates the latest and the best checkpoint of a run on the test split.
+
+    The run may be going on: nothing of it is changed.
+
+    Args:
+      config: the configuration.
+      workdir: the run's folder.
+      exact: also with the last BN's statistics of the whole training split.
+
+    Returns:
+      ``latest`` and ``best``, each with ``step``, ``test_loss``, ``test_accuracy`` and
+      ``test_examples``, and the same as ``latest_recalibrated`` and ``best_recalibrated``
+      if asked for; also written to ``eval.json`` in ``workdir``.
+
+    Raises:
+      UserError: a wrong input, or a folder without checkpoints.
+    """
+    directory = workdir / "checkpoints"
+
+    def check() -> None:
+        if not directory.is_dir():
+            raise UserError(f"--workdir={workdir} has no checkpoints to evaluate; train it first")
+        check_workdir(workdir, config, writes=False)
+
+    coordination.together("workdir", check)
+    experiment = set_up_together(config)
+    coordination.together("data", lambda: check_data(workdir, experiment.data_identity))
+    checkpoints = Checkpoints(directory)
+    best = checkpoints.restore_best(experiment.abstract_state)
+    latest = checkpoints.restore_latest(experiment.abstract_state, set_aside=False)
+    states = {
+        name: replicate(restored.state, experiment.mesh)
+        for name, restored in (("best", best), ("latest", latest))
+        if restored is not None
+    }
+    if exact:
+        states |= {f"{name}_recalibrated": recalibrate(experiment, s) for name, s in states.items()}
+    results = {
+        name: {"step": int(state.step)} | evaluate(experiment, state)
+        for name, state in states.items()
+    }
+    if coordination.is_first():
+        write_json(workdir / "eval.json", results)
+    return results

@@ -6,7 +6,6 @@ import collections
 import contextlib
 import math
 import pathlib
-import signal
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -14,30 +13,29 @@ from typing import Any
 
 import jax
 import numpy as np
-from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from mimicnorm_jax.config import flatten
 from mimicnorm_jax.data.pipeline import prefetch
-from mimicnorm_jax.errors import NonFiniteError, UserError
-from mimicnorm_jax.parallel import shard_batch
-from mimicnorm_jax.train.checkpoint import Checkpoints, latest_step
+from mimicnorm_jax.errors import NonFiniteError, RunError, UserError
+from mimicnorm_jax.parallel import coordination, replicate, shard_batch
+from mimicnorm_jax.train import messages
+from mimicnorm_jax.train.checkpoint import Checkpoints, kept_step, latest_step
 from mimicnorm_jax.train.evaluation import evaluate, recalibrate
-from mimicnorm_jax.train.metrics import MetricsWriter, plot_curves, read_rows
+from mimicnorm_jax.train.lock import WorkdirLock
+from mimicnorm_jax.train.metrics import MetricsWriter
 from mimicnorm_jax.train.progress import Progress, Throughput
-from mimicnorm_jax.train.setup import Experiment, set_up
-from mimicnorm_jax.train.state import count_parameters, digest
+from mimicnorm_jax.train.provenance import hardware
+from mimicnorm_jax.train.setup import Experiment, set_up_together
+from mimicnorm_jax.train.state import TrainState, host_copy
+from mimicnorm_jax.train.stopping import Stopped, StopRequest
+from mimicnorm_jax.train.summary import summarize
+from mimicnorm_jax.train.watchdog import Watchdog
 from mimicnorm_jax.train.workdir import (
-    DataIdentity,
     Summary,
     check_data,
     check_workdir,
-    data_identity,
     finished_summary,
     open_workdir,
-    say_finished,
-    write_json,
-    write_summary,
 )
 
 # How far the host may run ahead of the device: far enough that the device never waits,
@@ -48,10 +46,12 @@ _STEPS_IN_FLIGHT = 2
 def train(config: ConfigDict, workdir: pathlib.Path) -> Summary | None:
     """Trains, or goes on training, the run of ``config`` in ``workdir``.
 
+    In a run of several processes each calls it; process 0 writes.
+
     Args:
       config: the configuration.
       workdir: the run's folder: checkpoints, ``metrics.jsonl``, ``curves.png``,
-        ``summary.json``.
+        ``summary.json``. All processes share it.
 
     Returns:
       The summary, or None if the run was told to stop before its end.
@@ -59,170 +59,152 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> Summary | None:
     Raises:
       UserError: a wrong input; nothing has been written.
       NonFiniteError: the run diverged; the last good checkpoint is kept.
+      RunError: it cannot go on, such as on a full disk; older checkpoints are kept.
     """
-    check_workdir(workdir, config)
-    summary = finished_summary(workdir)
+    coordination.together("workdir", lambda: check_workdir(workdir, config))
+    summary = coordination.exchange("finished", finished_summary(workdir))[0]
     if summary and summary["config"]["max_steps"] == config.max_steps:
-        say_finished(summary, workdir)
-        return summary
-    experiment = set_up(config)
-    data = _check_run(experiment, workdir)
+        return _already(summary, workdir)
+    experiment = set_up_together(config)
+    coordination.together("run", lambda: _check_run(experiment, workdir))
     if summary and summary["steps"] == experiment.total_steps:
-        say_finished(summary, workdir)
-        return summary
-    open_workdir(workdir, config, data)
-    _introduce(experiment, workdir)
-    with contextlib.closing(
-        Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
-    ) as checkpoints:
-        return _Loop(experiment, workdir, checkpoints).run()
+        return _already(summary, workdir)
+    with _opened(experiment, workdir) as lock:
+        if coordination.is_first():
+            messages.introduce(experiment, workdir)
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
+        with Watchdog(config.hang_minutes or None) as watchdog, StopRequest() as stop:
+            return _Loop(experiment, workdir, checkpoints, lock, watchdog, stop).run()
 
 
-def evaluate_run(
-    config: ConfigDict, workdir: pathlib.Path, *, exact: bool = False
-) -> dict[str, Any]:
-    """Evaluates the latest and the best checkpoint of a run on the test split.
-
-    Args:
-      config: the configuration.
-      workdir: the run's folder.
-      exact: also with the last BN's statistics of the whole training split.
-
-    Returns:
-      ``latest`` and ``best``, each with ``step``, ``test_loss``, ``test_accuracy`` and
-      ``test_examples``, and the same as ``latest_recalibrated`` and ``best_recalibrated``
-      if asked for; also written to ``eval.json`` in ``workdir``.
-
-    Raises:
-      UserError: a wrong input, or a folder without checkpoints.
-    """
-    directory = workdir / "checkpoints"
-    if not directory.is_dir():
-        raise UserError(f"--workdir={workdir} has no checkpoints to evaluate; train it first")
-    check_workdir(workdir, config)
-    experiment = set_up(config)
-    check_data(workdir, _identity(experiment))
-    with contextlib.closing(Checkpoints(directory, keep=config.keep_checkpoints)) as checkpoints:
-        best, _ = checkpoints.restore_best(experiment.abstract_state)
-        latest = checkpoints.restore_latest(experiment.abstract_state)
-    states = {"best": best} | ({} if latest is None else {"latest": latest[0]})
-    if exact:
-        states |= {f"{name}_recalibrated": recalibrate(experiment, s) for name, s in states.items()}
-    results = {
-        name: {"step": int(state.step)} | evaluate(experiment, state)
-        for name, state in states.items()
-    }
-    write_json(workdir / "eval.json", results)
-    return results
+def _already(summary: Summary, workdir: pathlib.Path) -> Summary:
+    if coordination.is_first():
+        messages.say_finished(summary, workdir)
+    return summary
 
 
-def _identity(experiment: Experiment) -> DataIdentity:
-    return data_identity(experiment.train_data.source, experiment.test_data.source)
+@contextlib.contextmanager
+def _opened(experiment: Experiment, workdir: pathlib.Path) -> Iterator[WorkdirLock]:
+    """Creates and locks the folder of the run."""
+    config = experiment.config
+
+    def open_() -> None:
+        check_workdir(workdir, config, writes=False)  # another run may have come first
+        if coordination.is_first():
+            open_workdir(workdir, config, experiment.data_identity)
+
+    with contextlib.closing(WorkdirLock(workdir)) as lock:
+        coordination.together("open", open_)
+        yield lock
 
 
-def _check_run(experiment: Experiment, workdir: pathlib.Path) -> DataIdentity:
+def _check_run(experiment: Experiment, workdir: pathlib.Path) -> None:
     """Makes sure that ``workdir`` holds no longer run, and none on other images."""
-    data = _identity(experiment)
-    check_data(workdir, data)
+    check_data(workdir, experiment.data_identity)
     done = latest_step(workdir / "checkpoints")
     if done > experiment.total_steps:
         raise UserError(
             f"--workdir={workdir} holds a run of {done} steps already, more than the "
             f"{experiment.total_steps} of config.max_steps; choose another --workdir"
         )
-    return data
-
-
-def _introduce(experiment: Experiment, workdir: pathlib.Path) -> None:
-    """Prints the network, the configuration and where things go."""
-    config = experiment.config
-    print(
-        parameter_overview.get_parameter_overview(
-            experiment.abstract_state.params, include_stats=False
-        )
-    )
-    print("\n".join(f"config.{name} = {value!r}" for name, value in flatten(config).items()))
-    device = experiment.mesh.devices.flat[0]
-    print(
-        f"{config.network} with {config.method} on {experiment.mesh.size} "
-        f"{device.device_kind} device(s): {len(experiment.train_data.source)} training and "
-        f"{len(experiment.test_data.source)} test images, {experiment.total_steps} steps\n"
-        f"everything goes to {workdir}",
-        flush=True,
-    )
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT; a second one acts as it would have without this."""
-    received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def handle(number: int, frame: Any) -> None:
-        received.append(number)
-        restore()
-
-    for number in before:
-        signal.signal(number, handle)
-    try:
-        yield received
-    finally:
-        restore()
 
 
 class _Loop:
     """One attempt at a run: from its latest checkpoint to its end or a stop signal."""
 
-    def __init__(self, experiment: Experiment, workdir: pathlib.Path, checkpoints: Checkpoints):
+    def __init__(
+        self,
+        experiment: Experiment,
+        workdir: pathlib.Path,
+        checkpoints: Checkpoints,
+        lock: WorkdirLock,
+        watchdog: Watchdog,
+        stop: StopRequest,
+    ):
         self._began = time.monotonic()
         self._experiment = experiment
         self._config = experiment.config
         self._workdir = workdir
         self._checkpoints = checkpoints
-        self._best = {"best_test_accuracy": 0.0, "best_step": 0}
+        self._lock = lock
+        self._watchdog = watchdog
+        self._stop = stop
+        self._best: dict[str, Any] = {"best_test_accuracy": 0.0, "best_step": 0}
         self._since_log: list[dict[str, float]] = []  # of the steps since the last log line
-        self._evaluation: dict[str, float] | None = None
-        restored = checkpoints.restore_latest(experiment.abstract_state)
-        if restored is None:
-            self._state = experiment.initial_state()
-        else:
-            self._state, progress = restored
-            self._since_log = progress.pop("since_log")
-            self._best = progress
+        self._evaluation: dict[str, float] | None = None  # of the present state
+        self._host: TrainState | None = None  # the present state, once it was looked at
+        self._restore()
         self._first_step = self._step = int(self._state.step)
         self._in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
-        self._writer = MetricsWriter(workdir, self._step)
-        self._progress = Progress(self._step, experiment.total_steps)
+        speaks = coordination.is_first()
+        self._writer = MetricsWriter(workdir, self._step) if speaks else None
+        self._progress = Progress(self._step, experiment.total_steps, quiet=not speaks)
         self._throughput = Throughput()
         self._learning_rate = math.nan
 
+    def _restore(self) -> None:
+        experiment = self._experiment
+        restored = self._checkpoints.restore_latest(experiment.abstract_state)
+        self._saved_on: dict[str, Any] = {}
+        if restored is None:
+            self._state = experiment.initial_state()
+            return
+        self._state = replicate(restored.state, experiment.mesh)
+        progress = restored.progress
+        self._since_log = progress["since_log"]
+        self._best = {name: progress[name] for name in self._best}
+        self._evaluation = progress["evaluation"]
+        self._saved_on = progress["hardware"]
+
     def run(self) -> Summary | None:
         """Runs to the end and returns the summary, or None after a stop signal."""
+        try:
+            try:
+                summary = self._run()
+            except Stopped as stop:
+                summary = None
+                self._stop_here(stop)
+            self._close()
+        except OSError as error:
+            raise self._unwritable(error) from error
+        finally:
+            with contextlib.suppress(OSError, RunError):  # what follows from another error
+                self._close()
+        return summary
+
+    def _close(self) -> None:
+        self._progress.close()
+        if self._writer is not None:
+            self._writer.close()
+        self._checkpoints.close()
+
+    def _run(self) -> Summary:
         total = self._experiment.total_steps
         if self._step:
-            self._progress.say(f"resumed from the checkpoint of step {self._step}")
+            self._progress.say(messages.resumed(self._experiment, self._step, self._saved_on))
+        if self._step and self._evaluation is None and self._is_evaluated():
+            self._evaluate()  # what a stop interrupted
         if self._step < total:
             self._progress.say("compiling the training step …")
-        try:
-            with _stop_signals() as stop:
-                for batch in self._batches():
-                    self._advance(batch)
-                    if stop and self._step < total:
-                        self._check_state()
-                        self._save()
-                        self._progress.say(
-                            f"stopped by {signal.Signals(stop[0]).name} after step {self._step}; "
-                            "resume with the same command"
-                        )
-                        return None
-            return self._finish()
-        finally:
-            self._writer.close()
-            self._progress.close()
+        for batch in self._batches():
+            self._advance(batch)
+            self._tick()
+        return self._finish()
+
+    def _tick(self) -> None:
+        """Once a step, and once a batch of an evaluation: all is well, and nobody wants to stop."""
+        self._watchdog.beat()
+        self._checkpoints.check()
+        self._stop.raise_if_asked()
+
+    def _stop_here(self, stop: Stopped) -> None:
+        self._drain()
+        self._save()
+        self._checkpoints.close()
+        coordination.wait_for_all("stopped")
+        self._progress.say(
+            f"stopped by {stop} after step {self._step}; resume with the same command"
+        )
 
     def _batches(self) -> Iterator[Any]:
         """The batches that remain, on the devices; times how long they are waited for."""
@@ -239,6 +221,7 @@ class _Loop:
 
     def _advance(self, batch: Any) -> None:
         self._state, metrics = self._experiment.train_step(self._state, batch)
+        self._host = self._evaluation = None
         self._in_flight.append(metrics)
         self._step += 1
         first = self._step == self._first_step + 1
@@ -254,18 +237,20 @@ class _Loop:
         at_end = self._step == self._experiment.total_steps
         if at_end or self._step % self._config.log_every == 0:
             self._log()
-        evaluates = at_end or self._is_due(self._config.eval_every)
-        saves = at_end or self._is_due(self._config.checkpoint_every)
-        if evaluates or saves:
-            self._check_state()
-        self._evaluation = self._evaluate() if evaluates else None
-        if saves or (evaluates and self._best["best_step"] == self._step):
+        if evaluated := self._is_evaluated():
+            self._evaluate()
+        is_best = evaluated and self._best["best_step"] == self._step
+        if at_end or is_best or self._is_due(self._config.checkpoint_every):
             self._save()
 
     def _is_due(self, every_epochs: float) -> bool:
         """Whether this step completes another ``every_epochs`` epochs."""
         period = self._experiment.train_data.steps(every_epochs)
         return Fraction(self._step) // period > Fraction(self._step - 1) // period
+
+    def _is_evaluated(self) -> bool:
+        at_end = self._step == self._experiment.total_steps
+        return at_end or self._is_due(self._config.eval_every)
 
     def _epoch(self) -> float:
         return float(self._step / self._experiment.train_data.steps(1))
@@ -276,29 +261,40 @@ class _Loop:
         values = {name: x.item() for name, x in self._in_flight.popleft().items()}
         self._since_log.append(values)
         self._learning_rate = values["learning_rate"]
+        if self._config.on_nonfinite == "skip":
+            if values["skipped"] > self._config.skip_limit:
+                what = f"{values['skipped']} steps were skipped (config.skip_limit); the last"
+                raise self._diverged(f"{what} is not finite", step)
+            return
         for name in ("loss", "gradient_norm"):
             if not math.isfinite(values[name]):
-                what = f"the {name.replace('_', ' ')} is {values[name]}"
-                raise self._diverged(what, step, values["learning_rate"])
+                raise self._diverged(f"the {name.replace('_', ' ')} is {values[name]}", step)
 
-    def _check_state(self) -> None:
-        """Stops the run if its state is no longer finite, so that it is never kept.
+    def _checked_state(self) -> TrainState:
+        """The state on the host; stops the run if it is no longer finite, so it is never kept.
 
         A finite loss does not vouch for it: the loss is that of the state before the step.
         """
         self._drain()
-        leaves = jax.tree.leaves(jax.device_get(self._state))
-        if not all(np.isfinite(leaf).all() for leaf in leaves):
-            what = "a parameter or statistic is infinite or NaN"
-            raise self._diverged(what, self._step, self._learning_rate)
+        if self._host is None:
+            self._host = host_copy(self._state)
+            if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self._host)):
+                raise self._diverged("a parameter or statistic is infinite or NaN", self._step)
+        return self._host
 
-    def _diverged(self, what: str, step: int, learning_rate: float) -> NonFiniteError:
-        folder, kept = self._checkpoints.directory, self._checkpoints.latest_step()
+    def _diverged(self, what: str, step: int) -> NonFiniteError:
+        at = f"step {step} (learning rate {self._learning_rate:.3g})"
         return NonFiniteError(
-            f"{what} at step {step} (learning rate {learning_rate:.3g}); try, in a new --workdir, "
-            "a lower config.learning_rate, more config.schedule.warmup_epochs or "
-            "config.optimizer.clip_norm=1; "
-            + (f"the checkpoint of step {kept} is kept in {folder}" if kept else "no step is kept")
+            f"{what} at {at}; try, in a new --workdir, a lower config.learning_rate, more "
+            "config.schedule.warmup_epochs or config.optimizer.clip_norm=1; "
+            + kept_step(self._checkpoints.directory)
+        )
+
+    def _unwritable(self, error: OSError) -> RunError:
+        return RunError(
+            f"--workdir={self._workdir} cannot be written to: {error.strerror or error}; "
+            + kept_step(self._checkpoints.directory)
+            + "; mend the cause and resume with the same command"
         )
 
     def _drain(self) -> None:
@@ -308,10 +304,11 @@ class _Loop:
     def _log(self) -> None:
         self._drain()
         rows, self._since_log = self._since_log, []
+        losses = [row["loss"] for row in rows if math.isfinite(row["loss"])]
         row = {
             "step": self._step,
             "epoch": self._epoch(),
-            "train_loss": sum(row["loss"] for row in rows) / len(rows),
+            "train_loss": sum(losses) / len(losses) if losses else math.nan,
             "train_accuracy": sum(row["correct"] for row in rows)
             / (len(rows) * self._config.batch_size),
             "learning_rate": rows[-1]["learning_rate"],
@@ -319,64 +316,63 @@ class _Loop:
             "images_per_second": self._throughput.rate(),
             "input_wait_fraction": self._throughput.wait_fraction,
         }
-        self._writer.write(row)
+        if "skipped" in rows[-1]:
+            row["skipped_steps"] = rows[-1]["skipped"]
+        self._write(row)
         self._progress.show(row)
 
-    def _evaluate(self) -> dict[str, float]:
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._writer is not None:
+            self._lock.check()
+            self._writer.write(row)
+
+    def _evaluate(self) -> None:
         with self._throughput.paused():
-            evaluation = evaluate(self._experiment, self._state)
+            self._checked_state()
+            self._evaluation = evaluate(self._experiment, self._state, self._tick)
             row = {"step": self._step, "epoch": self._epoch()}
-            self._writer.write(row | evaluation)
-            accuracy = evaluation["test_accuracy"]
+            self._write(row | self._evaluation)
+            accuracy = self._evaluation["test_accuracy"]
             if accuracy > self._best["best_test_accuracy"]:
                 self._best = {"best_test_accuracy": accuracy, "best_step": self._step}
             self._progress.say(
                 f"epoch {row['epoch']:.2f}: test_accuracy {100 * accuracy:.2f}% "
-                f"test_loss {evaluation['test_loss']:.4f} "
+                f"test_loss {self._evaluation['test_loss']:.4f} "
                 f"(best {100 * self._best['best_test_accuracy']:.2f}%)"
             )
-        return evaluation
 
     def _save(self) -> None:
         with self._throughput.paused():
-            accuracy = None if self._evaluation is None else self._evaluation["test_accuracy"]
-            progress = self._best | {"since_log": self._since_log}
-            self._checkpoints.save(self._state, progress, accuracy)
+            state = self._checked_state()
+            self._lock.check()
+            progress = self._best | {
+                "since_log": self._since_log,
+                "evaluation": self._evaluation,
+                "hardware": hardware(self._experiment.mesh),
+            }
+            self._checkpoints.save(state, progress, best_step=self._best["best_step"])
 
     def _finish(self) -> Summary:
-        evaluation = self._evaluation or evaluate(self._experiment, self._state)
+        assert self._evaluation is not None
         recalibrated, exact_line = None, ""
         if self._experiment.network.last_bn is not None:
-            exact = recalibrate(self._experiment, self._state)
-            recalibrated = evaluate(self._experiment, exact)["test_accuracy"]
+            exact = recalibrate(self._experiment, self._state, self._tick)
+            recalibrated = evaluate(self._experiment, exact, self._tick)["test_accuracy"]
             exact_line = f"with exact last-BN statistics: {recalibrated:.4f}\n"
-        losses = [r["train_loss"] for r in read_rows(self._workdir) if "train_loss" in r]
-        config = self._config
-        title = f"{config.network}, {config.method}, {config.data.name}"
-        picture = plot_curves(self._workdir, title)
-        device = self._experiment.mesh.devices.flat[0]
-        summary = write_summary(
+        self._checkpoints.close()  # before the summary says that the run is finished
+        summary, picture = summarize(
+            self._experiment,
             self._workdir,
-            config,
+            self._checked_state(),
             self._best
             | {
-                "method": config.method,
-                "network": config.network,
-                "num_parameters": count_parameters(self._state.params),
-                "steps": self._step,
                 "resumed_from_step": self._first_step,
                 "seconds": time.monotonic() - self._began,
                 "images_per_second": self._throughput.total_rate(),
-                "final_test_accuracy": evaluation["test_accuracy"],
-                "final_test_loss": evaluation["test_loss"],
+                "final_test_accuracy": self._evaluation["test_accuracy"],
+                "final_test_loss": self._evaluation["test_loss"],
                 "final_test_accuracy_recalibrated": recalibrated,
-                "final_train_loss": losses[-1] if losses else None,
-                "test_examples": evaluation["test_examples"],
-                "state_sha256": digest(self._state),
-                "jax_version": jax.__version__,
-                "device_kind": device.device_kind,
-                "num_devices": self._experiment.mesh.size,
-                "finished": True,
+                "test_examples": self._evaluation["test_examples"],
             },
         )
         self._progress.say(
@@ -385,4 +381,5 @@ class _Loop:
             f"after {summary['steps']} steps, {summary['seconds']:.0f} s\n"
             f"{exact_line}curves: {picture}\nsummary: {self._workdir / 'summary.json'}"
         )
+        coordination.wait_for_all("finished")
         return summary

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import pathlib
+import time
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 Row = dict[str, Any]
+
+_SECONDS_BETWEEN_FLUSHES = 10.0  # of event files: each waits for the disk
 
 
 class MetricsWriter:
@@ -31,7 +37,13 @@ class MetricsWriter:
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, self.path)
         self._file = self.path.open("a")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        folder = workdir / "tensorboard"
+        folder.mkdir(exist_ok=True)
+        # Not SummaryWriter: its thread dies silently on a full disk, and then it waits forever.
+        self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
+        self._flushed = time.monotonic()
+        start = SessionLog(status=SessionLog.START)  # what was logged from this step on is void
+        self._write_event(step=step + 1, session_log=start)
 
     def write(self, row: Row) -> None:
         """Writes one row; ``row["step"]`` is its step.
@@ -43,12 +55,19 @@ class MetricsWriter:
         self._file.flush()
         for name, value in row.items():
             if name != "step" and value is not None:
-                self._events.add_scalar(name, value, row["step"])
+                self._write_event(step=row["step"], summary=scalar(name, value))
+        if time.monotonic() - self._flushed > _SECONDS_BETWEEN_FLUSHES:
+            self._events.flush()
+            self._flushed = time.monotonic()
+
+    def _write_event(self, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), **content))
 
     def close(self) -> None:
         """Flushes and closes the files."""
-        self._file.close()
-        self._events.close()
+        if not self._file.closed:
+            with contextlib.closing(self._events):
+                self._file.close()
 
 
 def _is_finite(value: float | None) -> bool:

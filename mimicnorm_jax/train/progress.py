@@ -19,9 +19,11 @@ class Progress:
     Args:
       step: step the run starts at.
       total_steps: step it ends at.
+      quiet: show nothing, in a process that does not speak for its run.
     """
 
-    def __init__(self, step: int, total_steps: int):
+    def __init__(self, step: int, total_steps: int, *, quiet: bool = False):
+        self._quiet = quiet
         self._total = total_steps
         self._first_step = step
         self._start = self._last_line = time.monotonic()
@@ -35,7 +37,7 @@ class Progress:
                 bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
                 "[{elapsed} elapsed, {remaining} left{postfix}]",
             )
-            if sys.stderr.isatty()
+            if sys.stderr.isatty() and not quiet
             else None
         )
 
@@ -52,6 +54,8 @@ class Progress:
 
     def show(self, row: dict[str, Any]) -> None:
         """Shows a row of training metrics."""
+        if self._quiet:
+            return
         step, speed = row["step"], row["images_per_second"]
         text = (
             f"epoch {row['epoch']:.1f} loss {row['train_loss']:.4f} "
@@ -71,6 +75,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the bar."""
+        if self._quiet:
+            return
         if self._bar is not None:
             self._bar.write(text)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import pathlib
 from typing import Any
 
 import jax
@@ -13,21 +14,24 @@ from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mimicnorm_jax.config import method_of, network_options_of, validate
+from mimicnorm_jax.config import LOCAL_FIELDS, method_of, network_options_of, validate
 from mimicnorm_jax.data.pipeline import Pipeline, Workers
 from mimicnorm_jax.data.random_crop import RandomResizedCrop
 from mimicnorm_jax.data.sources import Source, channel_statistics
 from mimicnorm_jax.data.splits import open_splits
+from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.models import create_model
 from mimicnorm_jax.parallel import (
     DATA_AXIS,
     check_batch_size,
+    coordination,
     make_mesh,
     quick_compilation,
     replicated,
 )
 from mimicnorm_jax.precision import resolve_precision
 from mimicnorm_jax.train.optim import make_optimizer, make_schedule
+from mimicnorm_jax.train.provenance import config_as_json
 from mimicnorm_jax.train.state import Network, TrainState, create_state, split_network
 from mimicnorm_jax.train.step import (
     EvalStep,
@@ -36,6 +40,7 @@ from mimicnorm_jax.train.step import (
     make_moments_step,
     make_train_step,
 )
+from mimicnorm_jax.train.workdir import DataIdentity, data_identity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +55,8 @@ class Experiment:
       test_data: the test split.
       total_steps: length of the run.
       train_step, eval_step, moments_step: compiled at their first call.
-      abstract_state: shapes, types and shardings of the state.
+      abstract_state: shapes and types of the state.
+      depends_on_devices: whether the result depends on their number, see ``Method``.
     """
 
     config: ConfigDict
@@ -63,7 +69,13 @@ class Experiment:
     eval_step: EvalStep
     moments_step: EvalStep
     abstract_state: TrainState
+    depends_on_devices: bool
     _create: Any
+
+    @property
+    def data_identity(self) -> DataIdentity:
+        """What tells the images of this run from others, wherever they are stored."""
+        return data_identity(self.train_data.source, self.test_data.source)
 
     def initial_state(self) -> TrainState:
         """The state at step 0, on every device of the mesh."""
@@ -77,6 +89,7 @@ class Experiment:
 
 def configure_jax(config: ConfigDict) -> None:
     """Sets what must be set before the first computation."""
+    _keep_compiled_programs(config.compilation_cache)
     if config.precision == "float64":
         jax.config.update("jax_enable_x64", True)
     if config.deterministic:
@@ -84,6 +97,32 @@ def configure_jax(config: ConfigDict) -> None:
         flags = os.environ.get("XLA_FLAGS", "")
         if flag not in flags:
             os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+
+
+def _keep_compiled_programs(folder: str) -> None:
+    if folder == "auto":
+        if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+            return  # the environment says where
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = str(pathlib.Path(home).expanduser() / "mimicnorm_jax")
+    if folder:
+        try:
+            pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError:  # a machine without a home: every start compiles
+            return
+    jax.config.update("jax_compilation_cache_dir", folder or None)
+    # the default, 1 s, leaves out most of what a small network needs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _silence_false_alarms(mesh: Mesh) -> None:
+    """On some processors XLA calls its own CPU programs from the cache unfit, at great length.
+
+    It compares the features of the processor with a list to which it adds preferences of its
+    own. JAX_LOGGING_LEVEL brings the messages back.
+    """
+    if mesh.devices.flat[0].platform == "cpu" and "JAX_LOGGING_LEVEL" not in os.environ:
+        jax.config.update("jax_logging_level", "CRITICAL")
 
 
 def network_arguments(config: ConfigDict, train: Source) -> dict[str, Any]:
@@ -117,8 +156,44 @@ def pipelines(config: ConfigDict, train: Source, test: Source) -> tuple[Pipeline
     if data.random_resized_crop:
         crop = RandomResizedCrop(tuple(data.crop_scale), tuple(data.crop_ratio))
     workers = Workers(data.threads or Workers.threads, data.processes)
-    common = {"batch_size": config.batch_size, "seed": config.seed, "workers": workers}
+    common = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "workers": workers,
+        "process_index": coordination.process_index(),
+        "process_count": coordination.process_count(),
+    }
     return Pipeline(train, crop=crop, **common), Pipeline(test, **common)
+
+
+def set_up_together(config: ConfigDict) -> Experiment:
+    """``set_up`` in every process of a run.
+
+    Raises:
+      UserError: also where the processes were not started alike, or see other images.
+    """
+    said = {"JAX": jax.__version__} | {
+        f"config.{name}": value
+        for name, value in config_as_json(config).items()
+        if name not in LOCAL_FIELDS
+    }
+    _check_alike("configuration", said)
+    experiment = coordination.together("set-up", lambda: set_up(config))
+    for split, identity in experiment.data_identity.items():
+        _check_alike("data", {f"{split} {name}": value for name, value in identity.items()})
+    return experiment
+
+
+def _check_alike(what: str, said: dict[str, Any]) -> None:
+    """Raises ``UserError`` unless every process says the same."""
+    first, *others = coordination.exchange(what, said)
+    for process, other in enumerate(others, start=1):
+        for name in first:
+            if other.get(name) != first[name]:
+                raise UserError(
+                    f"the processes differ in {name}: {first[name]!r} in process 0, "
+                    f"{other.get(name)!r} in process {process}"
+                )
 
 
 def set_up(config: ConfigDict) -> Experiment:
@@ -131,6 +206,7 @@ def set_up(config: ConfigDict) -> Experiment:
     validate(config)
     configure_jax(config)
     mesh = make_mesh(config.num_devices)
+    _silence_false_alarms(mesh)
     method = method_of(config, axis_name=DATA_AXIS)
     check_batch_size(config.batch_size, mesh, method)
     train, test = open_splits(config.data)
@@ -154,10 +230,14 @@ def set_up(config: ConfigDict) -> Experiment:
     )
 
     def create_initial() -> TrainState:
-        return create_state(initial_values, optimizer, ema=config.optimizer.ema_decay > 0)
+        return create_state(
+            initial_values,
+            optimizer,
+            ema=config.optimizer.ema_decay > 0,
+            counts_skips=config.on_nonfinite == "skip",
+        )
 
     channel_values = normalization(config, train)
-    sharding = replicated(mesh)
     return Experiment(
         config=config,
         mesh=mesh,
@@ -170,9 +250,7 @@ def set_up(config: ConfigDict) -> Experiment:
         ),
         eval_step=make_eval_step(network, mesh=mesh, precision=precision, **channel_values),
         moments_step=make_moments_step(network, mesh=mesh, precision=precision, **channel_values),
-        abstract_state=jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            jax.eval_shape(create_initial),
-        ),
+        abstract_state=jax.eval_shape(create_initial),
+        depends_on_devices=method.depends_on_devices,
         _create=create_initial,
     )

@@ -29,6 +29,8 @@ class TrainState:
       batch_stats: nested dict of running statistics.
       opt_state: state of the optax optimizer.
       ema_params: moving average of the parameters, or None where none is kept.
+      skipped: int32 scalar, number of steps that changed nothing because they were not finite,
+        or None where such a step stops the run.
     """
 
     step: jax.Array
@@ -36,6 +38,7 @@ class TrainState:
     batch_stats: Tree
     opt_state: Tree
     ema_params: Tree = None
+    skipped: jax.Array | None = None
 
     @property
     def evaluated_params(self) -> Tree:
@@ -121,6 +124,7 @@ def create_state(
     optimizer: optax.GradientTransformation,
     *,
     ema: bool,
+    counts_skips: bool = False,
 ) -> TrainState:
     """The state at step 0; to be jitted or shape-evaluated."""
     params, batch_stats = initial_values()
@@ -130,7 +134,16 @@ def create_state(
         batch_stats=batch_stats,
         opt_state=optimizer.init(params),
         ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+        skipped=jnp.zeros((), jnp.int32) if counts_skips else None,
     )
+
+
+def host_copy(state: TrainState) -> TrainState:
+    """The state as NumPy arrays of their own memory.
+
+    On CPU an array may look into the device's, which the next step reuses (it is donated).
+    """
+    return jax.tree.map(lambda leaf: np.array(jax.device_get(leaf)), state)
 
 
 def digest(state: TrainState) -> str:

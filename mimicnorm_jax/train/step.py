@@ -50,7 +50,7 @@ def make_train_step(
       ``step(state, batch) -> (state, metrics)``; the old state is donated. ``batch`` has
       ``image`` uint8 ``(B, H, W, C)`` and ``label`` int32 ``(B,)``, spread over the mesh.
       Metrics, of the global batch: ``loss``, ``correct`` (count), ``learning_rate``,
-      ``gradient_norm``.
+      ``gradient_norm``; where steps may be skipped also ``skipped`` (count so far).
     """
     data, options = config.data, config.optimizer
 
@@ -93,13 +93,40 @@ def make_train_step(
             batch_stats=lax.pmean(stats, DATA_AXIS),
             opt_state=opt_state,
             ema_params=ema,
+            skipped=state.skipped,
         )
+        if state.skipped is not None:
+            finite = is_finite((loss, grads, new_state))
+            new_state = keep_unless(finite, new_state, state)
+            metrics["skipped"] = new_state.skipped
         return new_state, metrics
 
     mapped = jax.shard_map(
         local_step, mesh=mesh, in_specs=(P(), P(DATA_AXIS)), out_specs=(P(), P())
     )
     return jax.jit(mapped, donate_argnums=0)
+
+
+def is_finite(tree: Any) -> jax.Array:
+    """Whether no number in a tree is infinite or NaN: a scalar."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
+def keep_unless(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """The state after a step that is skipped, and counted, unless it was ``finite``.
+
+    The step's number, and the optimizer's own count of it, go on: the learning rate stays that
+    of the schedule.
+    """
+
+    def choose(after: jax.Array, before: jax.Array) -> jax.Array:
+        if not jnp.issubdtype(after.dtype, jnp.inexact):
+            return after
+        return jnp.where(finite, after, before)
+
+    assert old.skipped is not None
+    kept = jax.tree.map(choose, new, old)
+    return kept.replace(skipped=old.skipped + jnp.where(finite, 0, 1).astype(jnp.int32))
 
 
 def make_eval_step(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import sys
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from mimicnorm_jax.config import FREE_FIELDS, flatten
+from mimicnorm_jax.config import FREE_FIELDS
 from mimicnorm_jax.data.sources import Source
 from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.train.lock import LOCK_NAME, check_unused
+from mimicnorm_jax.train.provenance import config_as_json
 
 Summary = dict[str, Any]
 DataIdentity = dict[str, dict[str, Any]]
@@ -24,20 +25,22 @@ def default_workdir(config: ConfigDict, config_path: str) -> pathlib.Path:
     return pathlib.Path("runs") / f"{name}-{config.method}-s{config.seed}"
 
 
-def _as_json(config: ConfigDict) -> dict[str, Any]:
-    # through JSON, so that what is compared is what a file can hold (tuples become lists)
-    return json.loads(json.dumps(flatten(config)))
-
-
-def check_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
+def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, writes: bool = True) -> None:
     """Makes sure that a run of ``config`` may use ``workdir``; writes nothing.
+
+    Args:
+      workdir: the folder.
+      config: the configuration.
+      writes: False to evaluate only, which is possible while the run goes on.
 
     Raises:
       UserError: it holds the run of another configuration, or files that are no run, or
-        is no folder, or cannot be written to.
+        is no folder, or cannot be written to, or is being written to by another run.
     """
     with refused_by_system(f"--workdir={workdir} cannot be used"):
         _check_folder(workdir)
+        if writes:
+            check_unused(workdir)
         if not (workdir / "config.json").exists():
             return
     if differing := other_fields(workdir, config):
@@ -49,7 +52,7 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
 
 def other_fields(workdir: pathlib.Path, config: ConfigDict) -> str:
     """In words, the first few fields in which the run in ``workdir`` is not one of ``config``."""
-    before, now = read_json(workdir / "config.json"), _as_json(config)
+    before, now = read_json(workdir / "config.json"), config_as_json(config)
     differing = [
         f"config.{name} ({before.get(name)!r} there, {now.get(name)!r} now)"
         for name in sorted(before.keys() | now.keys())
@@ -66,8 +69,9 @@ def _check_folder(workdir: pathlib.Path) -> None:
         raise UserError(f"--workdir={workdir} cannot be made: {existing} is a file")
     if not os.access(existing, os.W_OK):
         raise UserError(f"--workdir={workdir} cannot be written to: no permission for {existing}")
-    # What write_json leaves if the run is killed in its very first moment.
-    names = {path.name for path in workdir.iterdir()} - {"config.tmp"} if workdir.exists() else ()
+    # what a run leaves that is killed in its very first moment
+    early = {"config.tmp", LOCK_NAME}
+    names = {path.name for path in workdir.iterdir()} - early if workdir.exists() else ()
     if names and "config.json" not in names:
         raise UserError(f"--workdir={workdir} is not empty and holds no run; allowed: a new name")
 
@@ -99,14 +103,13 @@ def check_data(workdir: pathlib.Path, data: DataIdentity) -> None:
 
 
 def open_workdir(workdir: pathlib.Path, config: ConfigDict, data: DataIdentity) -> None:
-    """Creates the folder and writes its ``config.json`` and ``data.json``.
+    """Writes the folder's ``config.json`` and ``data.json``.
 
     Raises:
       UserError: the system refuses.
     """
     with refused_by_system(f"--workdir={workdir} cannot be written to"):
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "config.json", _as_json(config))
+        write_json(workdir / "config.json", config_as_json(config))
         write_json(workdir / "data.json", data)
 
 
@@ -117,13 +120,6 @@ def finished_summary(workdir: pathlib.Path) -> Summary | None:
         return None
     summary = read_json(path)
     return summary if summary.get("finished") else None
-
-
-def write_summary(workdir: pathlib.Path, config: ConfigDict, values: Summary) -> Summary:
-    """Writes ``summary.json``: the given values and the configuration."""
-    summary = values | {"config": _as_json(config)}
-    write_json(workdir / "summary.json", summary)
-    return summary
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -144,12 +140,3 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
     os.replace(temporary, path)
-
-
-def say_finished(summary: Summary, workdir: pathlib.Path) -> None:
-    """Tells that there is nothing left to do."""
-    print(
-        f"{workdir} is finished: final_test_accuracy {summary['final_test_accuracy']:.4f} after "
-        f"{summary['steps']} steps; delete it or choose another --workdir to run again",
-        file=sys.stdout,
-    )

@@ -11,7 +11,8 @@ from PIL import Image
 from mimicnorm_jax.errors import NonFiniteError, UserError
 from mimicnorm_jax.train import loop
 from mimicnorm_jax.train.checkpoint import Checkpoints
-from mimicnorm_jax.train.loop import evaluate_run, train
+from mimicnorm_jax.train.evaluation import evaluate_run
+from mimicnorm_jax.train.loop import train
 from mimicnorm_jax.train.metrics import read_rows
 from mimicnorm_jax.train.setup import set_up
 from mimicnorm_jax.train.state import digest
@@ -71,10 +72,7 @@ def test_a_run_leaves_what_is_promised(finished):
     assert json.loads((workdir / "eval.json").read_text()) == results
 
     # the saved state is the digest's
-    experiment = set_up(config)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=2)
-    state, _ = checkpoints.restore_latest(experiment.abstract_state)
-    checkpoints.close()
+    state = last_state(config, workdir)
     assert digest(state) == summary["state_sha256"]
     assert digest(state.replace(step=state.step + 1)) != summary["state_sha256"]
 
@@ -99,21 +97,16 @@ def test_a_diverging_run_stops_and_keeps_the_last_good_checkpoint(tiny_config, t
         NonFiniteError, match=r"at step \d+ \(learning rate .*learning_rate.*clip_norm"
     ):
         train(config, tmp_path / "run")
-    experiment = set_up(config)
-    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=2)
-    state, _ = checkpoints.restore_latest(experiment.abstract_state)
-    checkpoints.close()
+    state = last_state(config, tmp_path / "run")
     assert int(state.step) >= 2
-    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(jax.device_get(state.params)))
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(state.params))
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def last_state(config, workdir):
     experiment = set_up(config)
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=2)
-    state, _ = checkpoints.restore_latest(experiment.abstract_state)
-    checkpoints.close()
-    return state
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    return checkpoints.restore_latest(experiment.abstract_state).state
 
 
 def test_a_state_that_a_finite_loss_has_ruined_is_not_kept(tiny_config, tmp_path):
@@ -131,7 +124,7 @@ def test_a_state_that_a_finite_loss_has_ruined_is_not_kept(tiny_config, tmp_path
 
     ruined = dataclasses.replace(experiment, train_step=train_step)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "set_up", lambda _: ruined)
+        patch.setattr(loop, "set_up_together", lambda _: ruined)
         with pytest.raises(NonFiniteError, match=r"at step 2 .*the checkpoint of step 1 is kept"):
             train(config, tmp_path / "run")
     assert int(last_state(config, tmp_path / "run").step) == 1
@@ -148,7 +141,7 @@ def test_an_infinite_gradient_stops_the_run(tiny_config, tmp_path, monkeypatch):
         return state, metrics | {"gradient_norm": metrics["gradient_norm"] * np.inf}
 
     infinite = dataclasses.replace(experiment, train_step=train_step)
-    monkeypatch.setattr(loop, "set_up", lambda _: infinite)
+    monkeypatch.setattr(loop, "set_up_together", lambda _: infinite)
     with pytest.raises(
         NonFiniteError, match=r"the gradient norm is inf at step 1.*no step is kept"
     ):
@@ -261,10 +254,8 @@ def test_the_best_checkpoint_is_kept_beside_the_latest(tiny_config, tmp_path, mo
     assert (summary["best_test_accuracy"], summary["best_step"]) == (0.9, 4)
     assert summary["final_test_accuracy"] == 0.5
     experiment = set_up(config)
-    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=2)
-    state, _ = checkpoints.restore_best(experiment.abstract_state)
-    checkpoints.close()
-    assert int(state.step) == 4
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
+    assert int(checkpoints.restore_best(experiment.abstract_state).state.step) == 4
 
 
 def test_a_run_of_another_configuration_is_not_overwritten(tiny_config, tmp_path):

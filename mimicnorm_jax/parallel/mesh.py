@@ -25,21 +25,31 @@ def quick_compilation(platform: str) -> dict[str, Any]:
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:
-    """A one-dimensional mesh over the first ``num_devices`` devices (None: all).
+    """A one-dimensional mesh over ``num_devices`` devices (None: all), as many of each process.
+
+    The devices of a process follow each other, so that its part of a batch is one slice of it.
 
     Raises:
-      UserError: more devices are asked for than there are.
+      UserError: more devices are asked for than there are, or a number that the processes
+        cannot share equally.
     """
-    devices = jax.devices()
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    processes = jax.process_count()
     if num_devices is None:
         num_devices = len(devices)
     if num_devices > len(devices):
         raise UserError(
             f"config.num_devices = {num_devices}, but there are only {len(devices)} devices"
         )
+    if num_devices % processes:
+        raise UserError(
+            f"config.num_devices = {num_devices} does not divide by the {processes} processes"
+        )
+    by_process = np.array(devices).reshape(processes, -1)
+    chosen = by_process[:, : num_devices // processes].ravel()
     # Auto axes: with the newer default, Explicit, every operation would have to say how
     # its result is spread.
-    return Mesh(np.array(devices[:num_devices]), (DATA_AXIS,), axis_types=(AxisType.Auto,))
+    return Mesh(chosen, (DATA_AXIS,), axis_types=(AxisType.Auto,))
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, method: Method) -> None:
@@ -58,6 +68,24 @@ def check_batch_size(batch_size: int, mesh: Mesh, method: Method) -> None:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of what every device holds whole: parameters, statistics, metrics."""
     return NamedSharding(mesh, P())
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Puts host arrays, the same in every process, on all devices.
+
+    Args:
+      tree: of NumPy arrays; they may be overwritten afterwards.
+      mesh: the devices.
+    """
+    sharding = replicated(mesh)
+
+    def put(value: np.ndarray) -> jax.Array:
+        # not device_put, which would compare the values of all processes over the network
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    # On CPU an array may share the memory of the host's, which a donated one must not.
+    copy = jax.jit(lambda arrays: jax.tree.map(jax.numpy.copy, arrays), out_shardings=sharding)
+    return copy(jax.tree.map(put, tree))
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:

@@ -1,0 +1,144 @@
+"""One run, one folder: the lock on a workdir."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import sys
+import time
+import uuid
+from typing import IO, Any
+
+from mimicnorm_jax.errors import RunError, UserError, refused_by_system
+from mimicnorm_jax.parallel import coordination
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+LOCK_NAME = "run.lock"
+_SECONDS_UNTIL_SEEN = 30.0  # for so long a network file system may know of no such file
+
+
+def _is_taken(file: IO[Any]) -> bool:
+    """Takes a lock that the system frees with the process, however that ends."""
+    try:
+        # Not flock: a worker process would inherit that, and outlive a killed run.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return True
+    return False
+
+
+def _holder(path: pathlib.Path) -> str:
+    try:
+        holder = json.loads(path.read_text())
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def check_unused(workdir: pathlib.Path) -> None:
+    """Raises ``UserError`` if a run is writing into ``workdir``; writes nothing."""
+    path = workdir / LOCK_NAME
+    if fcntl is None or not path.exists():
+        return
+    with refused_by_system(f"--workdir={workdir} cannot be used"), path.open("r+") as file:
+        if _is_taken(file):
+            raise _in_use(workdir)
+
+
+def _in_use(workdir: pathlib.Path) -> UserError:
+    return UserError(
+        f"--workdir={workdir} is in use by {_holder(workdir / LOCK_NAME)}; stop it, or choose "
+        "another --workdir"
+    )
+
+
+class WorkdirLock:
+    """Keeps other runs out of a folder; process 0 holds it for its run.
+
+    Args:
+      workdir: the run's folder, which is created.
+
+    Raises:
+      UserError: another run is writing into it, or not all processes of this run see it.
+    """
+
+    def __init__(self, workdir: pathlib.Path):
+        self._workdir = workdir
+        self._path = workdir / LOCK_NAME
+        self._file: IO[str] | None = None
+        token = str(uuid.uuid4())
+        try:
+            coordination.together("lock", lambda: self._take(token))
+            coordination.together("shared workdir", self._check_shared(token))
+        except UserError:
+            self.close()
+            raise
+
+    def _take(self, token: str) -> None:
+        if not coordination.is_first():
+            return
+        with refused_by_system(f"--workdir={self._workdir} cannot be written to"):
+            self._workdir.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a+")
+            try:
+                if fcntl is not None and _is_taken(self._file):
+                    raise _in_use(self._workdir)
+            except OSError as error:  # a file system without locks
+                print(
+                    f"WARNING: {self._workdir} cannot be locked ({error.strerror}): make sure that "
+                    "no other run uses it",
+                    file=sys.stderr,
+                )
+            self._file.truncate(0)
+            holder = {
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+                "token": token,
+            }
+            self._file.write(json.dumps(holder) + "\n")
+            self._file.flush()
+
+    def _check_shared(self, token: str) -> Any:
+        (token, *_) = coordination.exchange("token", token)
+
+        def check() -> None:
+            deadline = time.monotonic() + _SECONDS_UNTIL_SEEN
+            while not coordination.is_first():
+                with contextlib.suppress(OSError):
+                    if token in self._path.read_text():
+                        return
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"--workdir={self._workdir} is not the folder of process 0: it must be "
+                        "on a file system that all processes share"
+                    )
+                time.sleep(0.5)
+
+        return check
+
+    def check(self) -> None:
+        """Raises ``RunError`` if the folder has vanished under the run."""
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError):
+            here, held = self._path.stat(), os.fstat(self._file.fileno())
+            if (here.st_dev, here.st_ino) == (held.st_dev, held.st_ino):
+                return
+        raise RunError(
+            f"--workdir={self._workdir} has vanished, or was replaced, while the run was writing "
+            "into it; what it held is lost from here on"
+        )
+
+    def close(self) -> None:
+        """Lets other runs in."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -1,0 +1,65 @@
+"""What a run says of itself when it starts, goes on, or has nothing left to do."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from clu import parameter_overview
+
+from mimicnorm_jax.config import flatten
+from mimicnorm_jax.train.provenance import hardware
+from mimicnorm_jax.train.setup import Experiment
+from mimicnorm_jax.train.workdir import Summary
+
+
+def introduce(experiment: Experiment, workdir: pathlib.Path) -> None:
+    """Prints the network, the configuration and where things go."""
+    config = experiment.config
+    print(
+        parameter_overview.get_parameter_overview(
+            experiment.abstract_state.params, include_stats=False
+        )
+    )
+    print("\n".join(f"config.{name} = {value!r}" for name, value in flatten(config).items()))
+    device = experiment.mesh.devices.flat[0]
+    print(
+        f"{config.network} with {config.method} on {experiment.mesh.size} "
+        f"{device.device_kind} device(s): {len(experiment.train_data.source)} training and "
+        f"{len(experiment.test_data.source)} test images, {experiment.total_steps} steps\n"
+        f"everything goes to {workdir}",
+        flush=True,
+    )
+
+
+def resumed(experiment: Experiment, step: int, before: dict[str, Any]) -> str:
+    """From which step the run goes on, and what is no longer as it was.
+
+    Args:
+      experiment: the run.
+      step: of its checkpoint.
+      before: the ``hardware`` that wrote it.
+    """
+    config, now = experiment.config, hardware(experiment.mesh)
+    line = f"resumed from the checkpoint of step {step}"
+    if all(before[name] == now[name] for name in ("num_devices", "num_processes")):
+        return line
+    line += (
+        f", saved by {before['num_processes']} process(es) with {before['num_devices']} "
+        "device(s): the same run, but not bit for bit"
+    )
+    if experiment.depends_on_devices:
+        line += (
+            f"\nWARNING: {config.method} normalizes per device: from now on over "
+            f"{config.batch_size // now['num_devices']} examples, not "
+            f"{config.batch_size // before['num_devices']}"
+        )
+    return line
+
+
+def say_finished(summary: Summary, workdir: pathlib.Path) -> None:
+    """Tells that there is nothing left to do."""
+    print(
+        f"{workdir} is finished: final_test_accuracy {summary['final_test_accuracy']:.4f} after "
+        f"{summary['steps']} steps; delete it or choose another --workdir to run again"
+    )

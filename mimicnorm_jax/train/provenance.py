@@ -1,0 +1,90 @@
+"""What a run was made with: versions, code, configuration, machine."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+import mimicnorm_jax
+from mimicnorm_jax.config import FREE_FIELDS, flatten
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+
+
+def config_as_json(config: ConfigDict) -> dict[str, Any]:
+    """The fields of a configuration by dotted name, as a file can hold them."""
+    return json.loads(json.dumps(flatten(config)))
+
+
+def config_digest(fields: dict[str, Any]) -> str:
+    """SHA-256 of the fields that decide what a run computes.
+
+    Runs with the same digest, on the same data, machine and versions, are the same bit for bit.
+
+    Args:
+      fields: from ``config_as_json``.
+    """
+    decisive = {name: value for name, value in fields.items() if name not in FREE_FIELDS}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def hardware(mesh: Mesh) -> dict[str, Any]:
+    """What else decides the bits of a result: the devices, and the compiler's version."""
+    return {
+        "device_kind": mesh.devices.flat[0].device_kind,
+        "num_devices": mesh.size,
+        "num_processes": jax.process_count(),
+        "jax_version": jax.__version__,
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, of this package and of what it computes with."""
+    return {
+        "python": platform.python_version(),
+        "mimicnorm-jax": mimicnorm_jax.__version__,
+        **{package: _version(package) for package in _PACKAGES},
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    folder = pathlib.Path(mimicnorm_jax.__file__).parent
+    try:
+        done = subprocess.run(
+            ["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def code() -> dict[str, Any]:
+    """The commit that this package is at, and whether its files were changed since.
+
+    Null where it was not installed from a checkout (``pip install -e``).
+    """
+    # a checkout that holds this file, not one in which an environment happens to lie
+    if not _git("ls-files", "--", "__init__.py"):
+        return {"git_commit": None, "git_dirty": None}
+    return {
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--", "..")),
+    }

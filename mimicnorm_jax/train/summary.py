@@ -1,0 +1,53 @@
+"""The summary of a run: ``summary.json`` and ``curves.png``."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+from mimicnorm_jax.parallel import coordination
+from mimicnorm_jax.train import provenance
+from mimicnorm_jax.train.metrics import plot_curves, read_rows
+from mimicnorm_jax.train.setup import Experiment
+from mimicnorm_jax.train.state import TrainState, count_parameters, digest
+from mimicnorm_jax.train.workdir import Summary, write_json
+
+
+def summarize(
+    experiment: Experiment, workdir: pathlib.Path, state: TrainState, results: dict[str, Any]
+) -> tuple[Summary, pathlib.Path]:
+    """Writes, in process 0, the summary of a run that has come to its end, and its curves.
+
+    Args:
+      experiment: the run.
+      workdir: its folder.
+      state: the final state.
+      results: what the loop measured.
+
+    Returns:
+      The summary: the results, what the run was made with, and the SHA-256 of the final state;
+      and the path of the picture.
+    """
+    config, picture = experiment.config, workdir / "curves.png"
+    losses = [row["train_loss"] for row in read_rows(workdir) if "train_loss" in row]
+    fields = provenance.config_as_json(config)
+    summary = results | {
+        "method": config.method,
+        "network": config.network,
+        "num_parameters": count_parameters(state.params),
+        "steps": int(state.step),
+        "skipped_steps": None if state.skipped is None else int(state.skipped),
+        "final_train_loss": losses[-1] if losses else None,
+        "state_sha256": digest(state),
+        "data": experiment.data_identity,
+        "config": fields,
+        "config_sha256": provenance.config_digest(fields),
+        "versions": provenance.versions(),
+        **provenance.hardware(experiment.mesh),
+        **provenance.code(),
+        "finished": True,
+    }
+    if coordination.is_first():
+        plot_curves(workdir, f"{config.network}, {config.method}, {config.data.name}")
+        write_json(workdir / "summary.json", summary)
+    return summary, picture
