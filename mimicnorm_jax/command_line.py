@@ -78,7 +78,8 @@ def run_program(program: Callable[[], None] | Mapping[str, Callable[[], None]]) 
 
     def run(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it writes
+            # Orbax tells of every file it writes, and what it cannot do comes as an exception
+            logging.set_verbosity(logging.FATAL)
         (program[argv[1]] if isinstance(program, Mapping) else program)()
 
     try:

@@ -126,23 +126,29 @@ def wait_for_all(what: str) -> None:
 
 
 _FAILURES = "mimicnorm/failure/"
+_LEFT = "mimicnorm/left/"
 
 
 def failures() -> dict[int, Failure]:
     """The failures of which this or another process has told, by process."""
+    return {process: Failure(*said) for process, said in _told(_FAILURES).items()}
+
+
+def _told(directory: str) -> dict[int, Any]:
+    """What processes have told so far, by process."""
     client = _state().client
     if client is None:
         return {}
     try:
-        found = client.key_value_dir_get(_FAILURES)
+        found = client.key_value_dir_get(directory)
     except Exception:  # process 0, which holds the store, is gone
         return {}
-    return {int(key.rpartition("/")[2]): Failure(*json.loads(value)) for key, value in found}
+    return {int(key.rpartition("/")[2]): json.loads(value) for key, value in found}
 
 
-def _tell(failure: Failure) -> None:
+def _tell(directory: str, value: Any) -> None:
     with contextlib.suppress(Exception):  # process 0 is gone, or it was told before
-        _state().client.key_value_set(f"{_FAILURES}{process_index()}", json.dumps(failure))
+        _state().client.key_value_set(f"{directory}{process_index()}", json.dumps(value))
 
 
 def fail(failure: Failure) -> NoReturn:
@@ -151,7 +157,7 @@ def fail(failure: Failure) -> NoReturn:
     Says it unless process 0 says the same. Not an ordinary exit: at that JAX would wait for
     processes that do not come.
     """
-    _tell(failure)
+    _tell(_FAILURES, failure)
     if not is_first():
         time.sleep(_GRACE / 2)
     if is_first() or failures().get(0, Failure(0, "")).message != failure.message:
@@ -163,7 +169,7 @@ def fail_with(others: dict[int, Failure]) -> NoReturn:
     """Ends this process because another one has failed."""
     process, failure = min(others.items())
     message = f"{name_of(process)} ended: {failure.message}"
-    _tell(Failure(1, message))
+    _tell(_FAILURES, Failure(1, message))
     print(f"error: {_own_name()}{message}", file=sys.stderr, flush=True)
     leave(failure.code)
 
@@ -174,11 +180,13 @@ def _own_name() -> str:
 
 def leave(code: int) -> NoReturn:
     """Ends this process at once; process 0, which holds the store, after the others."""
-    deadline = time.monotonic() + 3 * _GRACE
-    while is_first() and len(failures()) < process_count() and time.monotonic() < deadline:
-        time.sleep(0.1)
     sys.stdout.flush()
     sys.stderr.flush()
+    if not is_first():
+        _tell(_LEFT, None)
+    deadline = time.monotonic() + 3 * _GRACE
+    while is_first() and len(_told(_LEFT)) < process_count() - 1 and time.monotonic() < deadline:
+        time.sleep(0.1)
     os._exit(code)
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import pathlib
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from mimicnorm_jax.train.state import TrainState, digest
 
 Progress = dict[str, Any]
 DIGEST = "state_sha256"
+_SETTLING = 1.0  # seconds in which TensorStore complains of each write of a failed checkpoint
 
 
 class Restored(NamedTuple):
@@ -50,8 +52,10 @@ def kept_step(directory: pathlib.Path) -> str:
     return f"the checkpoint of step {step} is kept in {directory}" if step else "no step is kept"
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+def _reason(error: BaseException) -> str:
+    """The first line of an exception, without the specification that TensorStore adds."""
+    line = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return line.partition(" [tensorstore_spec=")[0].partition(" [source locations=")[0]
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
@@ -178,9 +182,10 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore have no common one
+            time.sleep(_SETTLING)
             self._manager = None  # it would raise the same again when closed
             raise RunError(
-                f"a checkpoint could not be written: {_first_line(error)}; "
+                f"a checkpoint could not be written: {_reason(error)}; "
                 + kept_step(self.directory)
                 + "; mend the cause and resume with the same command"
             ) from error
@@ -244,7 +249,7 @@ class Checkpoints:
             try:
                 restored = read(self.directory, step, target)
             except Exception as error:  # whatever a damaged file makes a decoder raise
-                reason = _first_line(error)
+                reason = _reason(error)
             reasons = coordination.exchange(f"checkpoint {step}", reason)
             reason = next(filter(None, reasons), "")
             if restored is not None and not reason:

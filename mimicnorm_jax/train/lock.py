@@ -24,11 +24,11 @@ LOCK_NAME = "run.lock"
 _SECONDS_UNTIL_SEEN = 30.0  # for so long a network file system may know of no such file
 
 
-def _is_taken(file: IO[Any]) -> bool:
+def _is_taken(file: IO[Any], kind: int) -> bool:
     """Takes a lock that the system frees with the process, however that ends."""
     try:
         # Not flock: a worker process would inherit that, and outlive a killed run.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return True
     return False
@@ -43,12 +43,12 @@ def _holder(path: pathlib.Path) -> str:
 
 
 def check_unused(workdir: pathlib.Path) -> None:
-    """Raises ``UserError`` if a run is writing into ``workdir``; writes nothing."""
+    """Raises ``UserError`` if another run is writing into ``workdir``; writes nothing."""
     path = workdir / LOCK_NAME
-    if fcntl is None or not path.exists():
+    if fcntl is None or not coordination.is_first() or not path.exists():
         return
-    with refused_by_system(f"--workdir={workdir} cannot be used"), path.open("r+") as file:
-        if _is_taken(file):
+    with refused_by_system(f"--workdir={workdir} cannot be used"), path.open() as file:
+        if _is_taken(file, fcntl.LOCK_SH):
             raise _in_use(workdir)
 
 
@@ -88,7 +88,7 @@ class WorkdirLock:
             self._workdir.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a+")
             try:
-                if fcntl is not None and _is_taken(self._file):
+                if fcntl is not None and _is_taken(self._file, fcntl.LOCK_EX):
                     raise _in_use(self._workdir)
             except OSError as error:  # a file system without locks
                 print(

@@ -165,8 +165,11 @@ class _Loop:
                 summary = None
                 self._stop_here(stop)
             self._close()
-        except OSError as error:
-            raise self._unwritable(error) from error
+        except (OSError, RunError) as error:
+            self._lock.check()  # a folder that has vanished explains the rest
+            if isinstance(error, OSError):
+                raise self._unwritable(error) from error
+            raise
         finally:
             with contextlib.suppress(OSError, RunError):  # what follows from another error
                 self._close()

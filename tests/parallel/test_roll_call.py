@@ -1,0 +1,124 @@
+"""Processes, here threads, that wait for each other."""
+
+import concurrent.futures
+import socket
+import time
+
+import pytest
+
+from mimicnorm_jax.errors import RunError, UserError
+from mimicnorm_jax.parallel import roll_call as module
+from mimicnorm_jax.parallel.roll_call import in_words, roll_call, split_address
+from tests.runs import free_port
+
+
+@pytest.fixture
+def call():
+    """Calls the roll with the given processes; returns what each raised and what was said."""
+
+    def start(*places, seconds=20.0, delays=()):
+        address, said = f"localhost:{free_port()}", []
+
+        def one(number):
+            time.sleep(delays[number] if delays else 0.0)
+            process, count = places[number]
+            try:
+                roll_call(address, process, count, seconds=seconds, say=said.append)
+            except (RunError, UserError) as error:
+                return error
+            return None
+
+        with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:
+            return list(pool.map(one, range(len(places)))), said
+
+    return start
+
+
+def test_all_return_when_all_are_there(call):
+    began = time.monotonic()
+    errors, said = call((0, 4), (1, 4), (2, 4), (3, 4), delays=(0.5, 0, 1.0, 0))
+    assert errors == [None] * 4
+    assert not said  # nobody waited long
+    assert 1.0 <= time.monotonic() - began < 5.0
+
+
+def test_each_process_says_for_whom_it_waits_and_since_when(call, monkeypatch):
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_NEWS", 0.5)
+    errors, said = call((0, 3), (1, 3), (2, 3), delays=(0, 0, 2.0))
+    assert errors == [None] * 3
+    for process in (0, 1):
+        lines = [line for line in said if line.startswith(f"process {process}/3 waits")]
+        assert lines and all(" for process 2 since " in line for line in lines)
+    clock = time.strftime("%H:%M")
+    assert any(f"since {clock}" in line and "s)" in line for line in said)
+
+
+def test_a_process_that_does_not_come_is_named_by_all(call):
+    began = time.monotonic()
+    errors, _ = call((0, 4), (1, 4), seconds=1.5)
+    assert time.monotonic() - began < 10
+    for error in errors:
+        assert isinstance(error, RunError)
+        assert "processes 2 and 3 of 4 did not come within 2 s" in str(error)
+
+
+def test_without_process_0_the_others_give_up(call):
+    (error,), _ = call((1, 2), seconds=1.0)
+    assert isinstance(error, RunError)
+    assert "process 0 did not come to localhost:" in str(error)
+    assert "was it started, and can this machine reach it?" in str(error)
+
+
+def test_two_processes_with_one_index_are_an_error(call):
+    errors, _ = call((0, 3), (1, 3), (1, 3), (2, 3), delays=(0, 0, 1.0, 2.0))
+    assert errors[:2] == [None, None] and errors[3] is None
+    assert isinstance(errors[2], UserError)
+    assert "there is a process 1 already" in str(errors[2])
+
+
+def test_processes_that_were_told_different_numbers_are_an_error(call):
+    errors, _ = call((0, 2), (1, 3), seconds=2.0)
+    assert isinstance(errors[1], UserError)
+    assert "process 1 was told of 3 processes, process 0 of 2" in str(errors[1])
+    assert isinstance(errors[0], RunError)
+
+
+def test_strangers_at_the_port_do_no_harm(call, monkeypatch):
+    address = f"localhost:{free_port()}"
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(roll_call, address, 0, 2, seconds=20.0, say=print)
+        for noise in (b"GET / HTTP/1.1\r\n\r\n", b'{"process": "x"}', b"[]", b""):
+            deadline = time.monotonic() + 10
+            while True:
+                try:
+                    stranger = socket.create_connection(split_address(address))
+                    break
+                except OSError:
+                    assert time.monotonic() < deadline
+            with stranger:
+                stranger.sendall(noise)
+        pool.submit(roll_call, address, 1, 2, seconds=20.0, say=print).result(20)
+        first.result(20)
+
+
+def test_a_port_in_use_is_one_line():
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UserError, match=rf"localhost:{port}.*in use"):
+            roll_call(f"localhost:{port}", 0, 2, seconds=5.0, say=print)
+
+
+@pytest.mark.parametrize("address", ["localhost", "host:", ":80", "host:0", "host:70000", "a:b"])
+def test_a_wrong_address_is_one_line(address):
+    with pytest.raises(UserError, match="is not HOST:PORT"):
+        split_address(address)
+
+
+def test_an_ipv6_address_is_understood():
+    assert split_address("[::1]:8476") == ("::1", 8476)
+
+
+def test_many_missing_processes_are_summed_up():
+    assert in_words([3]) == "process 3"
+    assert in_words([5, 1, 2]) == "processes 1, 2 and 5"
+    assert in_words(range(64)) == "processes 0, 1, 2, 3, 4, 5, 6, 7 and 56 others"
