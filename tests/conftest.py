@@ -35,7 +35,7 @@ def float64():
     jax.config.update("jax_enable_x64", False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config():
     """A function that makes the configuration of a run of seconds, with overrides.
 

@@ -162,7 +162,7 @@ class Checkpoints:
             self._best.step = best_step
             if step in self._manager.all_steps():
                 return
-            self._manager.save(
+            saved = self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
@@ -170,6 +170,8 @@ class Checkpoints:
                     progress=ocp.args.JsonSave(copy.deepcopy(progress) | {DIGEST: digest(state)}),
                 ),
             )
+            if not saved:
+                raise RuntimeError(f"there is one of a later step than {step} already")
 
     def check(self) -> None:
         """Raises ``RunError`` if an asynchronous save has failed."""

@@ -24,7 +24,7 @@ from mimicnorm_jax.train.evaluation import evaluate, recalibrate
 from mimicnorm_jax.train.lock import WorkdirLock
 from mimicnorm_jax.train.metrics import MetricsWriter
 from mimicnorm_jax.train.progress import Progress, Throughput
-from mimicnorm_jax.train.provenance import hardware
+from mimicnorm_jax.train.provenance import config_as_json, config_digest, hardware
 from mimicnorm_jax.train.setup import Experiment, set_up_together
 from mimicnorm_jax.train.state import TrainState, host_copy
 from mimicnorm_jax.train.stopping import Stopped, StopRequest
@@ -352,6 +352,7 @@ class _Loop:
                 "since_log": self._since_log,
                 "evaluation": self._evaluation,
                 "hardware": hardware(self._experiment.mesh),
+                "config_sha256": config_digest(config_as_json(self._config)),
             }
             self._checkpoints.save(state, progress, best_step=self._best["best_step"])
 

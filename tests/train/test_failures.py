@@ -22,9 +22,6 @@ from mimicnorm_jax.train.state import digest
 from mimicnorm_jax.train.watchdog import Watchdog
 from tests.runs import ROOT, TINY, Run, logged_step, rows, saved_steps, summary
 
-# TensorStore's reads of a damaged checkpoint that nobody waits for any more
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 EVERY_STEP = "--config.checkpoint_every=0.01"
 LONG = "--config.epochs=500"
 

@@ -264,3 +264,10 @@ def test_a_run_of_another_configuration_is_not_overwritten(tiny_config, tmp_path
         train(tiny_config(max_steps=2, learning_rate=0.2), tmp_path / "run")
     # what does not change the computation may be changed
     assert train(tiny_config(max_steps=3, log_every=1), tmp_path / "run")["steps"] == 3
+
+
+def test_another_seed_is_another_run(tiny_config, tmp_path):
+    first, second = (
+        train(tiny_config(seed=seed, max_steps=2), tmp_path / str(seed)) for seed in (0, 1)
+    )
+    assert first["state_sha256"] != second["state_sha256"]

@@ -1,0 +1,239 @@
+"""Replays parts of a run between its checkpoints: is it what its configuration makes?
+
+  python -m mimicnorm_jax.tools.verify RUN [--intervals K]
+
+An interval is the way from one checkpoint of RUN (or the initial state) to the next. K of them are
+chosen at random, recomputed, and compared bit for bit. How many there are is up to the run's
+``config.keep_checkpoints``: 0 keeps all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import pathlib
+import random
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from absl import logging
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from mimicnorm_jax.config import FIELDS, default_config
+from mimicnorm_jax.data.pipeline import prefetch
+from mimicnorm_jax.errors import UserError, unknown
+from mimicnorm_jax.parallel import replicate, shard_batch
+from mimicnorm_jax.train.checkpoint import DIGEST, Restored, checkpoint_steps, read
+from mimicnorm_jax.train.provenance import config_as_json, config_digest, hardware
+from mimicnorm_jax.train.setup import Experiment, configure_jax, set_up
+from mimicnorm_jax.train.state import TrainState, digest, host_copy
+from mimicnorm_jax.train.workdir import check_data, read_json
+
+Interval = tuple[int, int]
+
+
+class VerificationError(Exception):
+    """The run is not what its configuration makes."""
+
+
+def saved_config(workdir: pathlib.Path) -> ConfigDict:
+    """The configuration of a run, from its folder.
+
+    Raises:
+      UserError: there is none, or it is not one of this version.
+    """
+    if not (workdir / "config.json").is_file():
+        raise UserError(f"{workdir} is not the folder of a run: it has no config.json")
+    fields = read_json(workdir / "config.json")
+    config = default_config()
+    for name, value in fields.items():
+        if name not in FIELDS:
+            raise unknown("field", f"{workdir}/config.json: {name}", FIELDS)
+        if value is not None:
+            value = tuple(value) if isinstance(value, list) else value
+            try:
+                config.update_from_flattened_dict({name: value})
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{workdir}/config.json: {name} = {value!r}: {error}") from error
+    return config
+
+
+def intervals(steps: Sequence[int]) -> list[Interval]:
+    """The intervals between checkpoints, from the initial state on.
+
+    Args:
+      steps: of the checkpoints, in order.
+    """
+    return list(zip([0, *steps], steps, strict=False))
+
+
+def check_config(workdir: pathlib.Path, config: ConfigDict, saved: dict[int, Restored]) -> None:
+    """Compares the configuration with the digests of it that the run left.
+
+    Raises:
+      VerificationError: a checkpoint or ``summary.json`` was made with another one.
+    """
+    fields = config_as_json(config)
+    places = {f"the checkpoint of step {step}": r.progress for step, r in saved.items()}
+    if (summary := _summary(workdir)) is not None:
+        places["summary.json"] = summary
+        if config_digest(summary["config"]) != summary["config_sha256"]:
+            raise VerificationError(f"{workdir}: summary.json was changed: see its config_sha256")
+    for place, found in places.items():
+        if found["config_sha256"] != config_digest(fields):
+            raise VerificationError(
+                f"{workdir}: {place} was made with another configuration than that of config.json"
+            )
+
+
+def _summary(workdir: pathlib.Path) -> dict[str, Any] | None:
+    path = workdir / "summary.json"
+    return read_json(path) if path.is_file() else None
+
+
+def replay(experiment: Experiment, state: TrainState, interval: Interval) -> str:
+    """Trains from one step to another; returns the digest of the state.
+
+    Args:
+      experiment: the run.
+      state: at the first step, on its devices; it is donated.
+      interval: the two steps.
+    """
+    first, last = interval
+    host = experiment.train_data.batches(first, last)
+    ahead = prefetch(host, lambda batch: shard_batch(batch, experiment.mesh))
+    shown = tqdm(
+        ahead,
+        f"steps {first} to {last}",
+        last - first,
+        unit="step",
+        leave=False,
+        disable=not sys.stderr.isatty(),
+    )
+    with contextlib.closing(ahead):
+        for batch in shown:
+            state, metrics = experiment.train_step(state, batch)
+            metrics["loss"].block_until_ready()
+    return digest(host_copy(state))
+
+
+def verify(
+    workdir: pathlib.Path, *, count: int, seed: int | None = None, data_dir: str | None = None
+) -> list[Interval]:
+    """Replays intervals of a run.
+
+    Args:
+      workdir: the run's folder; nothing is written to it.
+      count: how many intervals, 0 for all.
+      seed: chooses them.
+      data_dir: where the data are, if not where the run found them.
+
+    Returns:
+      The intervals that were replayed, all of them right.
+
+    Raises:
+      VerificationError: something is not what the configuration makes.
+      UserError: the run cannot be replayed here.
+    """
+    config = saved_config(workdir)
+    if data_dir is not None:
+        config.data.dir = data_dir
+    configure_jax(config)
+    experiment = set_up(config)
+    check_data(workdir, experiment.data_identity)
+    directory = workdir / "checkpoints"
+    steps = checkpoint_steps(directory)
+    if not steps:
+        raise UserError(f"{workdir} has no checkpoints to replay from")
+    saved = {}
+    for step in steps:
+        try:
+            saved[step] = read(directory, step, experiment.abstract_state)
+        except Exception as error:  # whatever a damaged file makes a decoder raise
+            reason = (str(error).splitlines() or [""])[0]
+            raise VerificationError(
+                f"{workdir}: the checkpoint of step {step}: {reason}"
+            ) from error
+    check_config(workdir, config, saved)
+    _check_summary(workdir, saved)
+    _warn_of_other_hardware(experiment, saved[steps[-1]].progress["hardware"])
+    chosen = intervals(steps)
+    if count:
+        chosen = sorted(random.Random(seed).sample(chosen, min(count, len(chosen))))
+    print(
+        f"{workdir}: {len(steps)} checkpoints; replaying {len(chosen)} of {len(steps)} intervals, "
+        f"{sum(b - a for a, b in chosen)} of {steps[-1]} steps",
+        flush=True,
+    )
+    for first, last in chosen:
+        state = (
+            replicate(saved[first].state, experiment.mesh) if first else experiment.initial_state()
+        )
+        got = replay(experiment, state, (first, last))
+        if got != saved[last].progress[DIGEST]:
+            raise VerificationError(
+                f"{workdir}: the checkpoint of step {last} is not what the configuration makes of "
+                f"{f'that of step {first}' if first else 'the initial state'}: its {DIGEST} is "
+                f"{saved[last].progress[DIGEST][:12]}…, replayed it is {got[:12]}…"
+            )
+        print(f"steps {first} to {last}: the same, {DIGEST} {got[:12]}…", flush=True)
+    return chosen
+
+
+def _check_summary(workdir: pathlib.Path, saved: dict[int, Restored]) -> None:
+    summary = _summary(workdir)
+    if summary is None or summary["steps"] not in saved:
+        return
+    if saved[summary["steps"]].progress[DIGEST] != summary[DIGEST]:
+        raise VerificationError(
+            f"{workdir}: summary.json does not tell of the checkpoint of step {summary['steps']}: "
+            f"its {DIGEST} is another"
+        )
+
+
+def _warn_of_other_hardware(experiment: Experiment, before: dict[str, Any]) -> None:
+    now = hardware(experiment.mesh)
+    differing = [
+        f"{name} {before[name]}, here {now[name]}" for name in now if before[name] != now[name]
+    ]
+    if differing:
+        print(
+            f"WARNING: the run was made elsewhere ({'; '.join(differing)}): the bits may differ "
+            "for that alone",
+            file=sys.stderr,
+        )
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m mimicnorm_jax.tools.verify",
+        description="Replays parts of a run between its checkpoints, and compares the bits.",
+    )
+    parser.add_argument(
+        "run", type=pathlib.Path, help="folder of the run; nothing is written to it"
+    )
+    parser.add_argument("--intervals", type=int, default=3, help="how many (default 3); 0: all")
+    parser.add_argument("--seed", type=int, help="chooses the intervals (default: by chance)")
+    parser.add_argument("--data-dir", help="config.data.dir, where the data are elsewhere now")
+    options = parser.parse_args(arguments)
+    if options.intervals < 0:
+        parser.error(f"--intervals={options.intervals} is below 0")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the program: exit code 0 if all is right, 1 if not, 2 if it cannot be found out."""
+    options = _parse(arguments)
+    logging.set_verbosity(logging.FATAL)  # Orbax tells of every file it reads
+    try:
+        verify(options.run, count=options.intervals, seed=options.seed, data_dir=options.data_dir)
+    except (UserError, VerificationError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    print("verified")
+
+
+if __name__ == "__main__":
+    main()

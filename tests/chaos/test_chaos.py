@@ -1,0 +1,18 @@
+"""Killed runs end with the bits of the run that was not: the short version of the harness."""
+
+from tests.chaos.harness import run_chaos
+
+
+def test_runs_killed_at_random_moments_lose_nothing_but_time(tmp_path):
+    lines = []
+    reports = run_chaos(
+        tmp_path, sigkills=2, sigterms=2, during_save=2, epochs=4.0, seed=None, say=lines.append
+    )
+    for count, report in enumerate(reports, start=1):
+        assert report["processes"] == count
+        assert (report["sigkills"], report["sigterms"], report["resumes"]) == (1, 1, 2), lines
+        assert report["mismatches"] == 0, lines
+        assert report["most_steps_lost_by_sigterm"] == 0, lines
+        # a checkpoint every 5 steps; one may be under way, and a slow disk delays the next
+        assert report["most_steps_lost_by_sigkill"] <= 10, lines
+        assert report["slowest_stop_s"] < 20, lines
