@@ -28,6 +28,11 @@ def config_path() -> str:
     return str(config_flags.get_config_filename(flags.FLAGS["config"]))
 
 
+def overrides() -> list[str]:
+    """The arguments that set fields of the configuration, to be given to another program."""
+    return [argument for argument in sys.argv[1:] if argument.lstrip("-").startswith("config.")]
+
+
 def _parse(argv: list[str]) -> list[str]:
     """Parses the command line; what is wrong with it is a ``UserError``, never a traceback."""
     for argument in argv[1:]:

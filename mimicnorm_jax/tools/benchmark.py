@@ -1,6 +1,8 @@
-"""How fast a configuration's input is, stage by stage, and whether training waits for it.
+"""How fast a configuration's input is, how soon it starts, and what its checkpoints cost.
 
 python -m mimicnorm_jax.tools.benchmark input --config configs/cifar100_vgg16.py
+python -m mimicnorm_jax.tools.benchmark startup --config configs/digits_resnet20.py
+python -m mimicnorm_jax.tools.benchmark checkpoint --config configs/cifar10_folder_resnet20.py
 """
 
 from __future__ import annotations
@@ -9,6 +11,9 @@ import dataclasses
 import itertools
 import json
 import os
+import pathlib
+import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 
@@ -21,12 +26,16 @@ from mimicnorm_jax.data.pipeline import Pipeline, prefetch
 from mimicnorm_jax.data.random_crop import uniforms
 from mimicnorm_jax.data.sources import EncodedSource
 from mimicnorm_jax.parallel import shard_batch
+from mimicnorm_jax.tools.benchmark_runs import checkpoint_cost, time_startup
 from mimicnorm_jax.tools.report import JSON, check_output, write_json
 from mimicnorm_jax.train.progress import Throughput
 from mimicnorm_jax.train.setup import Experiment, set_up
 
 _SECONDS = flags.DEFINE_float("seconds", 3.0, "How long each stage is timed.", 0.01)
-_STEPS = flags.DEFINE_integer("steps", 20, "Training steps to time; 0 leaves them out.", 0)
+_STEPS = flags.DEFINE_integer("steps", 20, "Training steps to time; 0 leaves them out (input).", 0)
+
+_REPEATS = flags.DEFINE_integer("repeats", 3, "startup: starts with a warm cache.", 1)
+_PAIRS = flags.DEFINE_integer("pairs", 12, "checkpoint: pairs of segments of --steps steps.", 2)
 
 _EXAMPLES = 256  # that are read and decoded again and again
 
@@ -175,9 +184,47 @@ def _input() -> None:
     write_json(json.dumps(report, indent=2) + "\n")
 
 
+def _startup() -> None:
+    check_output("json", JSON.value, (".json",))
+    arguments = [f"--config={command_line.config_path()}", *command_line.overrides()]
+    with tempfile.TemporaryDirectory() as folder:
+        cache, seconds = pathlib.Path(folder) / "cache", []
+        for repeat in range(1 + _REPEATS.value):
+            seconds.append(time_startup(arguments, pathlib.Path(folder) / str(repeat), cache))
+            kind = "warm" if repeat else "empty"
+            print(f"first step after {seconds[-1]:.1f} s ({kind} compilation cache)", flush=True)
+    cold, *warm = seconds
+    print(f"warm: median {statistics.median(warm):.1f} s, at most {max(warm):.1f} s")
+    report = {"config": command_line.config_path(), "cores": os.cpu_count()}
+    write_json(json.dumps(report | {"empty_cache_s": cold, "warm_s": warm}, indent=2) + "\n")
+
+
+def _checkpoint_cost() -> None:
+    check_output("json", JSON.value, (".json",))
+    experiment = set_up(command_line.config())
+    print("training with and without a checkpoint in turn …", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        cost = checkpoint_cost(
+            experiment, pathlib.Path(folder), pairs=_PAIRS.value, steps=max(1, _STEPS.value)
+        )
+    low, high = cost.extra_quartiles_s
+    print(
+        f"a checkpoint blocks the loop for {1000 * cost.blocked_s:.0f} ms and makes {_STEPS.value} "
+        f"steps {1000 * cost.extra_s:.0f} ms longer (quartiles {1000 * low:.0f}, "
+        f"{1000 * high:.0f}); an epoch takes {cost.epoch_s:.1f} s\n"
+        f"one an epoch costs {100 * cost.share:.2f} %"
+    )
+    report = {
+        "config": command_line.config_path(),
+        "cores": os.cpu_count(),
+        "device": experiment.mesh.devices.flat[0].device_kind,
+    }
+    write_json(json.dumps(report | dataclasses.asdict(cost), indent=2) + "\n")
+
+
 def main() -> None:
     """Runs the program."""
-    command_line.run_program({"input": _input})
+    command_line.run_program({"input": _input, "startup": _startup, "checkpoint": _checkpoint_cost})
 
 
 if __name__ == "__main__":

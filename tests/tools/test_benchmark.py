@@ -101,3 +101,36 @@ def test_a_wrong_command_line_is_one_line(run_benchmark, arguments, message):
     assert done.returncode == 2, done.stdout
     (line,) = done.stderr.strip().splitlines()
     assert message in line
+
+
+def test_the_start_of_a_run_is_timed_with_an_empty_and_a_warm_cache(run_benchmark, tmp_path):
+    done = run_benchmark(
+        "startup",
+        *DIGITS,
+        *("--config.data.image_size=8", "--repeats=1", f"--json={tmp_path / 'startup.json'}"),
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "startup.json").read_text())
+    (warm,) = report["warm_s"]
+    assert 0 < warm < report["empty_cache_s"]
+    assert f"warm: median {warm:.1f} s" in done.stdout
+
+
+def test_a_run_that_does_not_start_is_one_line(run_benchmark):
+    done = run_benchmark("startup", *DIGITS, "--config.data.image_size=8", "--config.num_devices=9")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the training program failed: error: config.num_devices")
+
+
+def test_the_cost_of_a_checkpoint_is_a_part_of_an_epoch(run_benchmark, tmp_path):
+    done = run_benchmark(
+        "checkpoint",
+        *DIGITS,
+        *("--config.data.image_size=8", "--pairs=3", "--steps=5"),
+        f"--json={tmp_path / 'cost.json'}",
+    )
+    assert done.returncode == 0, done.stderr
+    cost = json.loads((tmp_path / "cost.json").read_text())
+    assert 0 < cost["blocked_s"] < cost["epoch_s"]
+    assert cost["share"] == max(cost["blocked_s"], cost["extra_s"]) / cost["epoch_s"]
+    assert f"one an epoch costs {100 * cost['share']:.2f} %" in done.stdout
