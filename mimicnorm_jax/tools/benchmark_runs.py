@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 import jax
+from tqdm import tqdm
 
 from mimicnorm_jax.data.pipeline import prefetch
 from mimicnorm_jax.errors import UserError
@@ -119,7 +120,7 @@ def checkpoint_cost(
     try:
         segments.train(save=True)
         plain, extra, blocked = [], [], []
-        for pair in range(pairs):
+        for pair in tqdm(range(pairs), "pairs", disable=not sys.stderr.isatty()):
             order = (False, True) if pair % 2 else (True, False)
             times = {save: segments.train(save=save) for save in order}
             plain.append(times[False][0])
