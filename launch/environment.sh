@@ -25,7 +25,13 @@ install() {
   python=$(find_python) || return
   echo "installing into $VENV (a few minutes the first time) …"
   # without pip where an earlier attempt was cut off, or where venv itself failed
-  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$VENV" || return
+  if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+    if [ -n "$(ls -A "$VENV" 2>/dev/null)" ] && [ ! -e "$VENV/pyvenv.cfg" ]; then
+      echo "error: VENV=$VENV is not empty and no virtual environment" >&2
+      return 1
+    fi
+    "$python" -m venv --clear "$VENV" || return
+  fi
   "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
     --constraint constraints.txt --editable ".${extra:+[$extra]}" || return
   touch "$stamp"

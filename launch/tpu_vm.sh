@@ -63,7 +63,9 @@ case $action in
     run git archive --format=tar.gz --output="$archive" HEAD
     run gcloud compute tpus tpu-vm scp "$archive" "$name":source.tar.gz "${place[@]}" --worker=all
     everywhere "mkdir -p $folder && tar xzf source.tar.gz -C $folder && cd $folder && \
-source launch/environment.sh && install tpu" ;;
+{ (. launch/environment.sh && find_python >/dev/null) || \
+{ sudo apt-get -qy update && sudo apt-get -qy install python3.11-venv; }; } && \
+. launch/environment.sh && install tpu" ;;
   train) # goes on when the connection ends; logs follows it
     arguments=''
     [ $# -eq 0 ] || arguments=$(printf ' %q' "$@")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import sys
 
 from absl import flags
 
@@ -19,6 +20,13 @@ from mimicnorm_jax.parallel import coordination, startup
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/<config>-<method>-s<seed>.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate a run.")
+_STOPPED_EXIT_CODE = flags.DEFINE_integer(
+    "stopped-exit-code",
+    0,
+    "Exit code of a run that was told to stop: what starts runs again may need another than 0.",
+    0,
+    255,
+)
 _RECALIBRATE = flags.DEFINE_bool("recalibrate", False, "Evaluate with exact last-BN statistics.")
 
 
@@ -37,7 +45,8 @@ def _run() -> None:
     setup.configure_jax(config)
     startup.join()
     if _MODE.value == "train":
-        loop.train(config, folder)
+        if loop.train(config, folder) is None:
+            sys.exit(_STOPPED_EXIT_CODE.value)
         return
     results = evaluation.evaluate_run(config, folder, exact=_RECALIBRATE.value)
     if coordination.is_first():

@@ -124,7 +124,9 @@ def test_the_kubernetes_job_fits_together():
 def test_slurm_starts_one_process_on_each_machine():
     text = (ROOT / "launch/slurm.sbatch").read_text()
     assert "#SBATCH --ntasks-per-node=1" in text
-    assert re.search(r"srun .*-m mimicnorm_jax\.main --distributed=on \"\$@\"", text)
+    command = re.search(r"^srun .*?\$@\"", text, re.DOTALL | re.MULTILINE)[0]
+    assert "-m mimicnorm_jax.main --distributed=on" in command
+    assert "--stopped-exit-code=75" in command and "code == 75" in text
 
 
 @pytest.fixture

@@ -172,7 +172,7 @@ class Pipeline:
             processes = grain.MultiprocessingOptions(
                 num_workers=workers.processes, per_worker_buffer_size=1
             )
-            iterable = iterable.mp_prefetch(processes, worker_init_fn=_leave_interrupts_alone)
+            iterable = iterable.mp_prefetch(processes, worker_init_fn=_leave_signals_alone)
         iterator = iter(iterable)
         try:
             yield from iterator
@@ -181,9 +181,10 @@ class Pipeline:
                 iterator.close()
 
 
-def _leave_interrupts_alone(index: int, count: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the training process ends its workers."""
+def _leave_signals_alone(index: int, count: int) -> None:
+    """Ctrl-C and a job's end reach every process; the training process ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _stack(examples: list[tuple[np.ndarray, int]]) -> Batch:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import multiprocessing
 import os
 import sys
 import time
@@ -89,6 +90,8 @@ def _await(key: str, deadline: float, process: int, what: str) -> Any:
         try:  # for a second at a time, so that Ctrl-C is heard
             return json.loads(_state().client.blocking_key_value_get(key, 1000))
         except Exception as error:  # JAX does not promise which
+            if others := failure_elsewhere():
+                fail_with(others)
             if time.monotonic() > deadline or "DEADLINE_EXCEEDED" not in str(error):
                 reason = str(error).splitlines()[0]
                 raise RunError(f"no answer from {name_of(process)} ({what}): {reason}") from error
@@ -182,6 +185,8 @@ def leave(code: int) -> NoReturn:
     """Ends this process at once; process 0, which holds the store, after the others."""
     sys.stdout.flush()
     sys.stderr.flush()
+    for worker in multiprocessing.active_children():  # they would wait for work for ever
+        worker.kill()
     if not is_first():
         _tell(_LEFT, None)
     deadline = time.monotonic() + 3 * _GRACE

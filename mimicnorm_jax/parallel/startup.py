@@ -72,7 +72,7 @@ def find_cluster(seconds: float) -> Membership | None:
       seconds: how long to wait until process 0 has an address.
 
     Returns:
-      None where there is none, or none of several processes.
+      None where there is none; its process may be the only one.
 
     Raises:
       UserError: a cluster that does not tell all that is needed.
@@ -95,8 +95,10 @@ def find_cluster(seconds: float) -> Membership | None:
             f"this looks like {name}, but: {reason}; give --coordinator, --num-processes and "
             "--process-id, or --distributed=off to run alone"
         ) from error
-    if coordinator is None or not count or count == 1 or index is None:
+    if coordinator is None or not count or index is None:
         return None
+    if name == "SLURM" and count <= int(environment.get("SLURM_STEP_NUM_NODES", 0)):
+        devices = None  # JAX takes one a process, also where a process has a machine for itself
     return Membership(name, coordinator, count, index, tuple(devices) if devices else None)
 
 
@@ -154,11 +156,11 @@ def membership(
     found = find()
     if found is None and mode == "on":
         raise UserError(
-            "--distributed=on, but no cluster of several processes is found here (SLURM, "
+            "--distributed=on, but no cluster is found here (SLURM, "
             "Kubernetes, Cloud TPU, Open MPI); give --coordinator=HOST:PORT, --num-processes and "
             "--process-id"
         )
-    return found
+    return found if found is not None and found.count > 1 else None
 
 
 def _say(line: str) -> None:

@@ -244,18 +244,23 @@ class Checkpoints:
             return None
 
     def _first_readable(self, steps: list[int], target: TrainState) -> tuple[Restored, list[int]]:
-        """The first of ``steps`` that every process can read, and those before it."""
+        """The first of process 0's ``steps`` that can be read, and those before it."""
         damaged: list[int] = []
-        for step in steps:
+        for step in coordination.exchange("order of checkpoints", steps)[0]:
             restored, reason = None, ""
             try:
                 restored = read(self.directory, step, target)
             except Exception as error:  # whatever a damaged file makes a decoder raise
                 reason = _reason(error)
             reasons = coordination.exchange(f"checkpoint {step}", reason)
-            reason = next(filter(None, reasons), "")
-            if restored is not None and not reason:
+            if restored is not None and not any(reasons):
                 return restored, damaged
+            if not (reason := reasons[0]):  # what process 0 can read is not damaged
+                process, reason = next((p, r) for p, r in enumerate(reasons) if r)
+                raise RunError(
+                    f"{coordination.name_of(process)} cannot read the checkpoint of step {step}, "
+                    f"which process 0 can: {reason}; resume with the same command"
+                )
             damaged.append(step)
             if coordination.is_first():
                 print(

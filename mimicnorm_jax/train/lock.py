@@ -48,8 +48,12 @@ def check_unused(workdir: pathlib.Path) -> None:
     if fcntl is None or not coordination.is_first() or not path.exists():
         return
     with refused_by_system(f"--workdir={workdir} cannot be used"), path.open() as file:
-        if _is_taken(file, fcntl.LOCK_SH):
-            raise _in_use(workdir)
+        try:
+            taken = _is_taken(file, fcntl.LOCK_SH)
+        except OSError:  # a file system without locks
+            return
+    if taken:
+        raise _in_use(workdir)
 
 
 def _in_use(workdir: pathlib.Path) -> UserError:

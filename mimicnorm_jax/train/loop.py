@@ -73,7 +73,11 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> Summary | None:
         if coordination.is_first():
             messages.introduce(experiment, workdir)
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
-        with Watchdog(config.hang_minutes or None) as watchdog, StopRequest() as stop:
+        with (
+            _explained(workdir, lock),
+            Watchdog(config.hang_minutes or None) as watchdog,
+            StopRequest() as stop,
+        ):
             return _Loop(experiment, workdir, checkpoints, lock, watchdog, stop).run()
 
 
@@ -96,6 +100,22 @@ def _opened(experiment: Experiment, workdir: pathlib.Path) -> Iterator[WorkdirLo
     with contextlib.closing(WorkdirLock(workdir)) as lock:
         coordination.together("open", open_)
         yield lock
+
+
+@contextlib.contextmanager
+def _explained(workdir: pathlib.Path, lock: WorkdirLock) -> Iterator[None]:
+    """Turns what the system refuses into a ``RunError`` that says what is kept."""
+    try:
+        yield
+    except (OSError, RunError) as error:
+        lock.check()  # a folder that has vanished explains the rest
+        if isinstance(error, RunError):
+            raise
+        raise RunError(
+            f"--workdir={workdir} cannot be written to: {error.strerror or error}; "
+            + kept_step(workdir / "checkpoints")
+            + "; mend the cause and resume with the same command"
+        ) from error
 
 
 def _check_run(experiment: Experiment, workdir: pathlib.Path) -> None:
@@ -137,7 +157,8 @@ class _Loop:
         self._first_step = self._step = int(self._state.step)
         self._in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
         speaks = coordination.is_first()
-        self._writer = MetricsWriter(workdir, self._step) if speaks else None
+        evaluated = self._evaluation is not None
+        self._writer = MetricsWriter(workdir, self._step, evaluated=evaluated) if speaks else None
         self._progress = Progress(self._step, experiment.total_steps, quiet=not speaks)
         self._throughput = Throughput()
         self._learning_rate = math.nan
@@ -165,11 +186,6 @@ class _Loop:
                 summary = None
                 self._stop_here(stop)
             self._close()
-        except (OSError, RunError) as error:
-            self._lock.check()  # a folder that has vanished explains the rest
-            if isinstance(error, OSError):
-                raise self._unwritable(error) from error
-            raise
         finally:
             with contextlib.suppress(OSError, RunError):  # what follows from another error
                 self._close()
@@ -291,13 +307,6 @@ class _Loop:
             f"{what} at {at}; try, in a new --workdir, a lower config.learning_rate, more "
             "config.schedule.warmup_epochs or config.optimizer.clip_norm=1; "
             + kept_step(self._checkpoints.directory)
-        )
-
-    def _unwritable(self, error: OSError) -> RunError:
-        return RunError(
-            f"--workdir={self._workdir} cannot be written to: {error.strerror or error}; "
-            + kept_step(self._checkpoints.directory)
-            + "; mend the cause and resume with the same command"
         )
 
     def _drain(self) -> None:

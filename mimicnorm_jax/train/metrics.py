@@ -28,11 +28,16 @@ class MetricsWriter:
     Args:
       workdir: the run's folder.
       step: step the run starts or resumes at; later rows of an earlier attempt go.
+      evaluated: whether the evaluation at that step is done; else its row, too, goes.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int):
+    def __init__(self, workdir: pathlib.Path, step: int, *, evaluated: bool):
         self.path = workdir / "metrics.jsonl"
-        kept = [row for row in read_rows(workdir) if row["step"] <= step]
+        kept = [
+            row
+            for row in read_rows(workdir)
+            if row["step"] < step or (row["step"] == step and (evaluated or "test_loss" not in row))
+        ]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, self.path)

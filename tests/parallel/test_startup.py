@@ -31,7 +31,7 @@ def test_the_command_line_comes_before_a_cluster():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("on", None, None, None), "--distributed=on, but no cluster .* is found"),
+        (("on", None, None, None), "--distributed=on, but no cluster is found"),
         (("off", None, 2, None), "--num-processes does not go with --distributed=off"),
         (("auto", "a:1", None, None), "--num-processes and --process-id missing beside --coord"),
         (("auto", None, 2, 0), "--coordinator missing beside --num-processes and --process-id"),
@@ -74,11 +74,18 @@ def test_slurm_is_found(environment):
     place = find_cluster(5.0)
     assert (place.found_by, place.count, place.index) == ("SLURM", 4, 2)
     assert place.coordinator.startswith("node3:")
+    assert place.local_devices is None  # all of the machine
+
+
+def test_slurm_processes_that_share_a_machine_share_its_devices(environment):
+    environment(**SLURM | {"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"})
+    assert find_cluster(5.0).local_devices == (1,)
 
 
 def test_a_slurm_job_of_one_process_runs_alone(environment):
     environment(**SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"})
-    assert find_cluster(5.0) is None
+    for mode in ("auto", "on"):
+        assert membership(mode, None, None, None, find=lambda: find_cluster(5.0)) is None
 
 
 def test_no_cluster_is_found_where_none_is(environment):
