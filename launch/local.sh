@@ -13,12 +13,16 @@ export JAX_PLATFORMS=cpu PYTHONUNBUFFERED=1
 export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${DEVICES:-1}"
 free_port='import socket; print(socket.create_server(("localhost", 0)).getsockname()[1])'
 coordinator="localhost:$("$VENV/bin/python" -c "$free_port")"
+label() { # line by line, where sed would wait for more
+  local line
+  while IFS= read -r line; do printf '[%s] %s\n' "$1" "$line"; done
+}
 processes=() interrupted='' code=0
 trap 'interrupted=yes; kill -TERM "${processes[@]}" 2>/dev/null || true' INT TERM
 for ((i = 0; i < count; i++)); do
   "$VENV/bin/python" -m mimicnorm_jax.main --coordinator="$coordinator" \
     --num-processes="$count" --process-id="$i" "$@" \
-    > >(exec sed "s/^/[$i] /") 2> >(exec sed "s/^/[$i] /" >&2) &
+    > >(label "$i") 2> >(label "$i" >&2) &
   processes+=($!)
 done
 for process in "${processes[@]}"; do
