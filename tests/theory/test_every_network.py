@@ -14,13 +14,13 @@ from mimicnorm_jax.theory import Probe
 # enough to know the mean. The published widths, and large images, are in results/README.md.
 KINDS = {
     "mlp": (1.0, 4),
-    "resnet20": (2.0, 20),
 }
 EVERYTHING = os.environ.get("MIMICNORM_TEST_ALL_PAIRS")
 if EVERYTHING:
     KINDS = dict.fromkeys(NETWORKS, (1.0, 16)) | KINDS
     KINDS |= {
         "vgg11": (0.5, 3),
+        "resnet20": (2.0, 20),
         "resnet18": (1.0, 10),
         "squeezenet": (2.0, 20),
         "shufflenetv2_x1_0": (2.0, 8),

@@ -19,7 +19,7 @@ from mimicnorm_jax.train.setup import set_up
 
 EVERYTHING = os.environ.get("MIMICNORM_TEST_ALL_PAIRS")
 STEPS = 30
-QUICK = ("vgg11", "resnet18", "resnet20", "resnet50", "squeezenet", "shufflenetv2_x0_5")
+QUICK = ("vgg11", "resnet50", "squeezenet", "shufflenetv2_x0_5")
 
 # How many layers are centred at full width on images of 32 pixels.
 CENTRED = {

@@ -61,7 +61,7 @@ needs_mounts = pytest.mark.skipif(not can_mount(), reason="user namespaces are n
 
 
 @needs_mounts
-@pytest.mark.parametrize("size", ["700k", "1200k"])
+@pytest.mark.parametrize("size", ["1200k"])
 def test_a_full_disk_ends_the_run_and_leaves_its_checkpoints_whole(size, tmp_path):
     """A checkpoint of the tiny network takes 150 KiB; with ``keep_checkpoints=0`` all stay."""
     folder = tmp_path / "disk"
