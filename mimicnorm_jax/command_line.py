@@ -11,7 +11,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from mimicnorm_jax.config import FIELDS
-from mimicnorm_jax.errors import RunError, UserError, unknown
+from mimicnorm_jax.errors import RunError, UserError, first_line, unknown
 from mimicnorm_jax.parallel import coordination
 from mimicnorm_jax.parallel.coordination import Failure
 
@@ -49,7 +49,7 @@ def _parse(argv: list[str]) -> list[str]:
     except flags.Error as error:
         raise UserError(str(error).splitlines()[0]) from error
     except Exception as error:  # a config file is a program: it can fail in any way
-        reason = (str(error).splitlines() or [""])[0].partition(" Other fields present")[0]
+        reason = first_line(error).partition(" Other fields present")[0]
         raise UserError(f"--config={path} failed: {type(error).__name__}: {reason}") from error
     return rest
 

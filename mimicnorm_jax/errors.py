@@ -39,6 +39,11 @@ def refused_by_system(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {error.strerror or error}") from error
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its name where it has none."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def unknown(kind: str, given: object, allowed: Iterable[str]) -> UserError:
     """Builds the error for a name that is not among the allowed ones.
 

@@ -21,6 +21,7 @@ import pytest
 from mimicnorm_jax.config import default_config
 from mimicnorm_jax.data.tfds import build_directory
 from tests import archives
+from tests.runs import TINY
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -60,6 +61,12 @@ def tiny_config():
         return config
 
     return make
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Arguments of a run of ``tests.runs.Run`` in ``tmp_path / "run"``."""
+    return (*TINY, f"--workdir={tmp_path / 'run'}")
 
 
 @pytest.fixture

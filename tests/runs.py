@@ -16,6 +16,10 @@ TINY = (  # a step takes a millisecond
 )
 
 
+EVERY_STEP = "--config.checkpoint_every=0.01"
+LONG = "--config.epochs=500"
+
+
 def free_port():
     with socket.create_server(("localhost", 0)) as server:
         return server.getsockname()[1]
@@ -127,3 +131,10 @@ def saved_steps(workdir):
 
 def summary(workdir):
     return json.loads((workdir / "summary.json").read_text())
+
+
+def continues(tmp_path, arguments, *extra):
+    """The same command goes on from a checkpoint and comes to its end: its summary."""
+    with Run(tmp_path / "again", *arguments, *extra) as run:
+        run.succeeds()
+    return summary(tmp_path / "run")

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mimicnorm_jax.data.sources import EncodedSource, View, digest
-from mimicnorm_jax.errors import UserError, refused_by_system, unknown
+from mimicnorm_jax.errors import UserError, first_line, refused_by_system, unknown
 
 FORMAT = "array_record"
 PREPARABLE = ("cifar10", "cifar100", "mnist", "imagenet2012")
@@ -89,7 +89,7 @@ def read_builder(path: pathlib.Path) -> Any:
     try:
         return tfds.builder_from_directory(path)
     except Exception as error:  # whatever a damaged JSON file makes it raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{path} cannot be read as a TFDS build: {reason}") from error
 
 
@@ -204,7 +204,7 @@ class TFDSSource(EncodedSource):
         try:
             example = self._source[int(index)]
         except Exception as error:  # a C++ error without a type
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UserError(
                 f"cannot read {self.describe(index)}: {reason}; remove {self._directory} and "
                 "prepare it again"

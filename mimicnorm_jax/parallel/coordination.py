@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from mimicnorm_jax.errors import RunError, UserError
+from mimicnorm_jax.errors import RunError, UserError, first_line
 
 T = TypeVar("T")
 
@@ -78,11 +78,9 @@ def exchange(what: str, value: Any, *, seconds: float = _MOST_SECONDS) -> list[A
     client, name = _state().client, f"mimicnorm/exchange/{next(_names)}"
     client.key_value_set(f"{name}/{process_index()}", json.dumps(value))
     deadline = time.monotonic() + seconds
-    return [_await(f"{name}/{process}", deadline, process, what) for process in _all_processes()]
-
-
-def _all_processes() -> range:
-    return range(process_count())
+    return [
+        _await(f"{name}/{process}", deadline, process, what) for process in range(process_count())
+    ]
 
 
 def _await(key: str, deadline: float, process: int, what: str) -> Any:
@@ -93,8 +91,9 @@ def _await(key: str, deadline: float, process: int, what: str) -> Any:
             if others := failure_elsewhere():
                 fail_with(others)
             if time.monotonic() > deadline or "DEADLINE_EXCEEDED" not in str(error):
-                reason = str(error).splitlines()[0]
-                raise RunError(f"no answer from {name_of(process)} ({what}): {reason}") from error
+                raise RunError(
+                    f"no answer from {name_of(process)} ({what}): {first_line(error)}"
+                ) from error
 
 
 def together(what: str, do: Callable[[], T]) -> T:
@@ -216,6 +215,6 @@ def fail_unexpectedly(error: Exception) -> NoReturn:
         time.sleep(_GRACE)
         if others := failure_elsewhere():
             fail_with(others)
-        fail(Failure(1, f"lost another process ({text.splitlines()[0][:200]}); see what it says"))
+        fail(Failure(1, f"lost another process ({first_line(error)[:200]}); see what it says"))
     traceback.print_exception(error)
     fail(Failure(1, f"{type(error).__name__}: {text}"))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import jax
 from absl import flags
 
-from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.errors import UserError, first_line
 from mimicnorm_jax.parallel.roll_call import is_loopback, roll_call, split_address
 
 _DISTRIBUTED = flags.DEFINE_enum(
@@ -90,10 +90,9 @@ def find_cluster(seconds: float) -> Membership | None:
             None, None, None, None, None, round(seconds)
         )
     except Exception as error:  # what a cluster's own interface raises
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"this looks like {name}, but: {reason}; give --coordinator, --num-processes and "
-            "--process-id, or --distributed=off to run alone"
+            f"this looks like {name}, but: {first_line(error)}; give --coordinator, "
+            "--num-processes and --process-id, or --distributed=off to run alone"
         ) from error
     if coordinator is None or not count or index is None:
         return None

@@ -141,8 +141,7 @@ def train(experiment: Experiment, steps: int) -> tuple[float, float]:
     """
     throughput = Throughput()
     state = experiment.initial_state()
-    host = experiment.train_data.batches(0, steps + 1)
-    ahead = prefetch(host, lambda batch: shard_batch(batch, experiment.mesh))
+    ahead = experiment.batches(0, steps + 1)
     state, metrics = experiment.train_step(state, next(ahead))  # compiles
     jax.block_until_ready(metrics)
     throughput.restart()

@@ -10,14 +10,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import jax
 from tqdm import tqdm
 
-from mimicnorm_jax.data.pipeline import prefetch
 from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.parallel import shard_batch
 from mimicnorm_jax.train.checkpoint import Checkpoints
 from mimicnorm_jax.train.setup import Experiment
 from mimicnorm_jax.train.state import TrainState, host_copy
@@ -83,10 +81,7 @@ class _Segments:
         self._steps = steps
         self._checkpoints = Checkpoints(folder, keep=2)
         self._state: TrainState = experiment.initial_state()
-        host = experiment.train_data.batches(0, 2**31)
-        self._batches: Iterator[object] = prefetch(
-            host, lambda batch: shard_batch(batch, experiment.mesh)
-        )
+        self._batches = experiment.batches(0, 2**31)
         self.train()  # compiles
 
     def train(self, *, save: bool = False) -> tuple[float, float]:
@@ -102,7 +97,7 @@ class _Segments:
 
     def close(self) -> None:
         self._checkpoints.close()
-        self._batches.close()  # type: ignore[attr-defined]
+        self._batches.close()
 
 
 def checkpoint_cost(

@@ -36,7 +36,7 @@ from mimicnorm_jax.data.tfds import (
     read_builder,
     unfinished,
 )
-from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.errors import UserError, first_line, refused_by_system
 
 _DECODED = 64  # examples a split that are decoded by a check
 
@@ -213,7 +213,7 @@ def _accept_any_archive(builder: Any, manual_dir: pathlib.Path) -> None:
 
 
 def _what_failed(builder: Any, manual_dir: pathlib.Path, error: Exception) -> str:
-    reason = (str(error).splitlines() or [""])[0]
+    reason = first_line(error)
     files = ", ".join(
         f"{url} ({info.size} bytes) as {manual_dir / info.filename}"
         for url, info in builder.url_infos.items()

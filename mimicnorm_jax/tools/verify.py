@@ -21,43 +21,19 @@ from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from mimicnorm_jax.config import FIELDS, default_config
-from mimicnorm_jax.data.pipeline import prefetch
-from mimicnorm_jax.errors import UserError, unknown
-from mimicnorm_jax.parallel import replicate, shard_batch
-from mimicnorm_jax.train.checkpoint import DIGEST, Restored, checkpoint_steps, read
+from mimicnorm_jax.errors import UserError, first_line
+from mimicnorm_jax.parallel import replicate
+from mimicnorm_jax.train.checkpoint import DIGEST, Progress, Restored, checkpoint_steps, read
 from mimicnorm_jax.train.provenance import config_as_json, config_digest, hardware
 from mimicnorm_jax.train.setup import Experiment, configure_jax, set_up
 from mimicnorm_jax.train.state import TrainState, digest, host_copy
-from mimicnorm_jax.train.workdir import check_data, read_json
+from mimicnorm_jax.train.workdir import check_data, read_json, saved_config
 
 Interval = tuple[int, int]
 
 
 class VerificationError(Exception):
     """The run is not what its configuration makes."""
-
-
-def saved_config(workdir: pathlib.Path) -> ConfigDict:
-    """The configuration of a run, from its folder.
-
-    Raises:
-      UserError: there is none, or it is not one of this version.
-    """
-    if not (workdir / "config.json").is_file():
-        raise UserError(f"{workdir} is not the folder of a run: it has no config.json")
-    fields = read_json(workdir / "config.json")
-    config = default_config()
-    for name, value in fields.items():
-        if name not in FIELDS:
-            raise unknown("field", f"{workdir}/config.json: {name}", FIELDS)
-        if value is not None:
-            value = tuple(value) if isinstance(value, list) else value
-            try:
-                config.update_from_flattened_dict({name: value})
-            except (TypeError, ValueError) as error:
-                raise UserError(f"{workdir}/config.json: {name} = {value!r}: {error}") from error
-    return config
 
 
 def intervals(steps: Sequence[int]) -> list[Interval]:
@@ -69,28 +45,34 @@ def intervals(steps: Sequence[int]) -> list[Interval]:
     return list(zip([0, *steps], steps, strict=False))
 
 
-def check_config(workdir: pathlib.Path, config: ConfigDict, saved: dict[int, Restored]) -> None:
-    """Compares the configuration with the digests of it that the run left.
+def check_records(workdir: pathlib.Path, config: ConfigDict, progress: dict[int, Progress]) -> None:
+    """Compares what the run recorded of itself: digests of its configuration and its state.
+
+    Args:
+      workdir: the run's folder.
+      config: its ``config.json``.
+      progress: of each checkpoint, by step.
 
     Raises:
-      VerificationError: a checkpoint or ``summary.json`` was made with another one.
+      VerificationError: they do not fit together.
     """
-    fields = config_as_json(config)
-    places = {f"the checkpoint of step {step}": r.progress for step, r in saved.items()}
-    if (summary := _summary(workdir)) is not None:
-        places["summary.json"] = summary
+    expected = config_digest(config_as_json(config))
+    records = {f"the checkpoint of step {step}": said for step, said in progress.items()}
+    if (workdir / "summary.json").is_file():
+        summary = records["summary.json"] = read_json(workdir / "summary.json")
         if config_digest(summary["config"]) != summary["config_sha256"]:
             raise VerificationError(f"{workdir}: summary.json was changed: see its config_sha256")
-    for place, found in places.items():
-        if found["config_sha256"] != config_digest(fields):
+        last = progress.get(summary["steps"], summary)
+        if last[DIGEST] != summary[DIGEST]:
             raise VerificationError(
-                f"{workdir}: {place} was made with another configuration than that of config.json"
+                f"{workdir}: summary.json does not tell of the checkpoint of step "
+                f"{summary['steps']}: its {DIGEST} is another"
             )
-
-
-def _summary(workdir: pathlib.Path) -> dict[str, Any] | None:
-    path = workdir / "summary.json"
-    return read_json(path) if path.is_file() else None
+    for name, said in records.items():
+        if said["config_sha256"] != expected:
+            raise VerificationError(
+                f"{workdir}: {name} was made with another configuration than that of config.json"
+            )
 
 
 def replay(experiment: Experiment, state: TrainState, interval: Interval) -> str:
@@ -102,8 +84,7 @@ def replay(experiment: Experiment, state: TrainState, interval: Interval) -> str
       interval: the two steps.
     """
     first, last = interval
-    host = experiment.train_data.batches(first, last)
-    ahead = prefetch(host, lambda batch: shard_batch(batch, experiment.mesh))
+    ahead = experiment.batches(first, last)
     shown = tqdm(
         ahead,
         f"steps {first} to {last}",
@@ -147,18 +128,19 @@ def verify(
     steps = checkpoint_steps(directory)
     if not steps:
         raise UserError(f"{workdir} has no checkpoints to replay from")
-    saved = {}
-    for step in steps:
+
+    def read_step(step: int) -> Restored:
         try:
-            saved[step] = read(directory, step, experiment.abstract_state)
+            return read(directory, step, experiment.abstract_state)
         except Exception as error:  # whatever a damaged file makes a decoder raise
-            reason = (str(error).splitlines() or [""])[0]
             raise VerificationError(
-                f"{workdir}: the checkpoint of step {step}: {reason}"
+                f"{workdir}: the checkpoint of step {step}: {first_line(error)}"
             ) from error
-    check_config(workdir, config, saved)
-    _check_summary(workdir, saved)
-    _warn_of_other_hardware(experiment, saved[steps[-1]].progress["hardware"])
+
+    # each is compared with its digest; all their states at once may not fit
+    progress = {step: read_step(step).progress for step in steps}
+    check_records(workdir, config, progress)
+    _warn_of_other_hardware(experiment, progress[steps[-1]]["hardware"])
     chosen = intervals(steps)
     if count:
         chosen = sorted(random.Random(seed).sample(chosen, min(count, len(chosen))))
@@ -169,28 +151,19 @@ def verify(
     )
     for first, last in chosen:
         state = (
-            replicate(saved[first].state, experiment.mesh) if first else experiment.initial_state()
+            replicate(read_step(first).state, experiment.mesh)
+            if first
+            else experiment.initial_state()
         )
         got = replay(experiment, state, (first, last))
-        if got != saved[last].progress[DIGEST]:
+        if got != progress[last][DIGEST]:
             raise VerificationError(
                 f"{workdir}: the checkpoint of step {last} is not what the configuration makes of "
                 f"{f'that of step {first}' if first else 'the initial state'}: its {DIGEST} is "
-                f"{saved[last].progress[DIGEST][:12]}…, replayed it is {got[:12]}…"
+                f"{progress[last][DIGEST][:12]}…, replayed it is {got[:12]}…"
             )
         print(f"steps {first} to {last}: the same, {DIGEST} {got[:12]}…", flush=True)
     return chosen
-
-
-def _check_summary(workdir: pathlib.Path, saved: dict[int, Restored]) -> None:
-    summary = _summary(workdir)
-    if summary is None or summary["steps"] not in saved:
-        return
-    if saved[summary["steps"]].progress[DIGEST] != summary[DIGEST]:
-        raise VerificationError(
-            f"{workdir}: summary.json does not tell of the checkpoint of step {summary['steps']}: "
-            f"its {DIGEST} is another"
-        )
 
 
 def _warn_of_other_hardware(experiment: Experiment, before: dict[str, Any]) -> None:

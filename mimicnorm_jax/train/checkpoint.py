@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from mimicnorm_jax.errors import RunError, UserError
+from mimicnorm_jax.errors import RunError, UserError, first_line
 from mimicnorm_jax.parallel import coordination
 from mimicnorm_jax.train.state import TrainState, digest
 
@@ -54,8 +54,7 @@ def kept_step(directory: pathlib.Path) -> str:
 
 def _reason(error: BaseException) -> str:
     """The first line of an exception, without the specification that TensorStore adds."""
-    line = (str(error).splitlines() or [""])[0] or type(error).__name__
-    return line.partition(" [tensorstore_spec=")[0].partition(" [source locations=")[0]
+    return first_line(error).partition(" [tensorstore_spec=")[0].partition(" [source locations=")[0]
 
 
 def _alone() -> ocp.options.MultiprocessingOptions:
@@ -205,48 +204,39 @@ class Checkpoints:
         Raises:
           UserError: there are checkpoints, and none of them can be read.
         """
-        steps = coordination.exchange("checkpoints", checkpoint_steps(self.directory))[0]
-        if not steps:
-            return None
-        restored, damaged = self._first_readable(steps[::-1], target)
+        restored, damaged = self._first_readable(checkpoint_steps(self.directory)[::-1], target)
         if damaged and set_aside and coordination.is_first():
             self._set_aside(damaged)
         coordination.wait_for_all("restored")
         return restored
 
-    def restore_best(self, target: TrainState) -> Restored:
+    def restore_best(self, target: TrainState, accuracies: dict[int, float]) -> Restored:
         """The checkpoint of the best test accuracy; if damaged, the next best, loudly.
+
+        Args:
+          target: shapes and types to restore.
+          accuracies: by step; of equal ones the first counts, of steps without one the last.
 
         Raises:
           UserError: there is none, or none that can be read.
         """
-        steps = coordination.exchange("checkpoints", checkpoint_steps(self.directory))[0]
-        if not steps:
+        steps = checkpoint_steps(self.directory)
+        known = sorted(accuracies.keys() & steps, key=lambda step: (-accuracies[step], step))
+        unknown = sorted(set(steps) - set(known), reverse=True)
+        restored, _ = self._first_readable(known + unknown, target)
+        if restored is None:
             raise UserError(f"{self.directory} has no checkpoint")
-        progress = {step: self._progress(step) for step in steps}
-        best = next((p["best_step"] for p in reversed(progress.values()) if p), None)
+        return restored
 
-        def rank(step: int) -> tuple[bool, float, int]:
-            evaluation = (progress[step] or {}).get("evaluation") or {}
-            return step == best, evaluation.get("test_accuracy", -1.0), step
-
-        return self._first_readable(sorted(steps, key=rank, reverse=True), target)[0]
-
-    def _progress(self, step: int) -> Progress | None:
-        try:
-            with contextlib.closing(
-                ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=_alone())
-            ) as checkpointer:
-                args = ocp.args.Composite(progress=ocp.args.JsonRestore())
-                path = self.directory.absolute() / str(step)
-                return checkpointer.restore(path, args=args).progress
-        except Exception:  # found damaged when it is read as a whole
-            return None
-
-    def _first_readable(self, steps: list[int], target: TrainState) -> tuple[Restored, list[int]]:
+    def _first_readable(
+        self, steps: list[int], target: TrainState
+    ) -> tuple[Restored | None, list[int]]:
         """The first of process 0's ``steps`` that can be read, and those before it."""
+        steps = coordination.exchange("checkpoints", steps)[0]
+        if not steps:
+            return None, []
         damaged: list[int] = []
-        for step in coordination.exchange("order of checkpoints", steps)[0]:
+        for step in steps:
             restored, reason = None, ""
             try:
                 restored = read(self.directory, step, target)

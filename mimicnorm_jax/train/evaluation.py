@@ -21,6 +21,7 @@ from mimicnorm_jax.data.pipeline import Pipeline, prefetch
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.parallel import coordination, replicate, shard_batch
 from mimicnorm_jax.train.checkpoint import Checkpoints
+from mimicnorm_jax.train.metrics import evaluations
 from mimicnorm_jax.train.setup import Experiment, set_up_together
 from mimicnorm_jax.train.state import TrainState
 from mimicnorm_jax.train.workdir import check_data, check_workdir, write_json
@@ -147,7 +148,8 @@ def evaluate_run(
     experiment = set_up_together(config)
     coordination.together("data", lambda: check_data(workdir, experiment.data_identity))
     checkpoints = Checkpoints(directory)
-    best = checkpoints.restore_best(experiment.abstract_state)
+    accuracies = {row["step"]: row["test_accuracy"] for row in evaluations(workdir)}
+    best = checkpoints.restore_best(experiment.abstract_state, accuracies)
     latest = checkpoints.restore_latest(experiment.abstract_state, set_aside=False)
     states = {
         name: replicate(restored.state, experiment.mesh)

@@ -15,14 +15,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mimicnorm_jax.data.pipeline import prefetch
 from mimicnorm_jax.errors import NonFiniteError, RunError, UserError
-from mimicnorm_jax.parallel import coordination, replicate, shard_batch
+from mimicnorm_jax.parallel import coordination, replicate
 from mimicnorm_jax.train import messages
 from mimicnorm_jax.train.checkpoint import Checkpoints, kept_step, latest_step
 from mimicnorm_jax.train.evaluation import evaluate, recalibrate
 from mimicnorm_jax.train.lock import WorkdirLock
-from mimicnorm_jax.train.metrics import MetricsWriter
+from mimicnorm_jax.train.metrics import MetricsWriter, evaluations
 from mimicnorm_jax.train.progress import Progress, Throughput
 from mimicnorm_jax.train.provenance import config_as_json, config_digest, hardware
 from mimicnorm_jax.train.setup import Experiment, set_up_together
@@ -157,8 +156,7 @@ class _Loop:
         self._first_step = self._step = int(self._state.step)
         self._in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
         speaks = coordination.is_first()
-        evaluated = self._evaluation is not None
-        self._writer = MetricsWriter(workdir, self._step, evaluated=evaluated) if speaks else None
+        self._writer = MetricsWriter(workdir, self._step) if speaks else None
         self._progress = Progress(self._step, experiment.total_steps, quiet=not speaks)
         self._throughput = Throughput()
         self._learning_rate = math.nan
@@ -171,11 +169,19 @@ class _Loop:
             self._state = experiment.initial_state()
             return
         self._state = replicate(restored.state, experiment.mesh)
-        progress = restored.progress
-        self._since_log = progress["since_log"]
-        self._best = {name: progress[name] for name in self._best}
-        self._evaluation = progress["evaluation"]
-        self._saved_on = progress["hardware"]
+        self._since_log = restored.progress["since_log"]
+        self._saved_on = restored.progress["hardware"]
+        # The metrics know better than the checkpoint: it may have been saved in the middle of an
+        # evaluation that was made up for later.
+        for row in coordination.exchange("evaluations", evaluations(self._workdir))[0]:
+            if row["step"] <= int(restored.state.step):
+                self._note_best(row)
+            if row["step"] == int(restored.state.step):
+                self._evaluation = {k: v for k, v in row.items() if k.startswith("test_")}
+
+    def _note_best(self, row: dict[str, Any]) -> None:
+        if row["test_accuracy"] > self._best["best_test_accuracy"]:
+            self._best = {"best_test_accuracy": row["test_accuracy"], "best_step": row["step"]}
 
     def run(self) -> Summary | None:
         """Runs to the end and returns the summary, or None after a stop signal."""
@@ -227,9 +233,7 @@ class _Loop:
 
     def _batches(self) -> Iterator[Any]:
         """The batches that remain, on the devices; times how long they are waited for."""
-        experiment = self._experiment
-        host = experiment.train_data.batches(self._step, experiment.total_steps)
-        ahead = prefetch(host, lambda batch: shard_batch(batch, experiment.mesh))
+        ahead = self._experiment.batches(self._step, self._experiment.total_steps)
         with contextlib.closing(ahead):
             while True:
                 with self._throughput.waiting():
@@ -342,13 +346,11 @@ class _Loop:
         with self._throughput.paused():
             self._checked_state()
             self._evaluation = evaluate(self._experiment, self._state, self._tick)
-            row = {"step": self._step, "epoch": self._epoch()}
-            self._write(row | self._evaluation)
-            accuracy = self._evaluation["test_accuracy"]
-            if accuracy > self._best["best_test_accuracy"]:
-                self._best = {"best_test_accuracy": accuracy, "best_step": self._step}
+            row = {"step": self._step, "epoch": self._epoch()} | self._evaluation
+            self._write(row)
+            self._note_best(row)
             self._progress.say(
-                f"epoch {row['epoch']:.2f}: test_accuracy {100 * accuracy:.2f}% "
+                f"epoch {row['epoch']:.2f}: test_accuracy {100 * row['test_accuracy']:.2f}% "
                 f"test_loss {self._evaluation['test_loss']:.4f} "
                 f"(best {100 * self._best['best_test_accuracy']:.2f}%)"
             )
@@ -357,9 +359,8 @@ class _Loop:
         with self._throughput.paused():
             state = self._checked_state()
             self._lock.check()
-            progress = self._best | {
+            progress = {
                 "since_log": self._since_log,
-                "evaluation": self._evaluation,
                 "hardware": hardware(self._experiment.mesh),
                 "config_sha256": config_digest(config_as_json(self._config)),
             }
@@ -367,13 +368,12 @@ class _Loop:
 
     def _finish(self) -> Summary:
         assert self._evaluation is not None
-        recalibrated, exact_line = None, ""
+        recalibrated = None
         if self._experiment.network.last_bn is not None:
             exact = recalibrate(self._experiment, self._state, self._tick)
             recalibrated = evaluate(self._experiment, exact, self._tick)["test_accuracy"]
-            exact_line = f"with exact last-BN statistics: {recalibrated:.4f}\n"
         self._checkpoints.close()  # before the summary says that the run is finished
-        summary, picture = summarize(
+        summary = summarize(
             self._experiment,
             self._workdir,
             self._checked_state(),
@@ -388,11 +388,6 @@ class _Loop:
                 "test_examples": self._evaluation["test_examples"],
             },
         )
-        self._progress.say(
-            f"final_test_accuracy {summary['final_test_accuracy']:.4f} "
-            f"best_test_accuracy {summary['best_test_accuracy']:.4f} "
-            f"after {summary['steps']} steps, {summary['seconds']:.0f} s\n"
-            f"{exact_line}curves: {picture}\nsummary: {self._workdir / 'summary.json'}"
-        )
+        self._progress.say(messages.finished(summary, self._workdir))
         coordination.wait_for_all("finished")
         return summary

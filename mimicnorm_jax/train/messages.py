@@ -57,6 +57,20 @@ def resumed(experiment: Experiment, step: int, before: dict[str, Any]) -> str:
     return line
 
 
+def finished(summary: Summary, workdir: pathlib.Path) -> str:
+    """The result, and where to look at it."""
+    lines = [
+        f"final_test_accuracy {summary['final_test_accuracy']:.4f} "
+        f"best_test_accuracy {summary['best_test_accuracy']:.4f} "
+        f"after {summary['steps']} steps, {summary['seconds']:.0f} s",
+        f"curves: {workdir / 'curves.png'}",
+        f"summary: {workdir / 'summary.json'}",
+    ]
+    if (exact := summary["final_test_accuracy_recalibrated"]) is not None:
+        lines.insert(1, f"with exact last-BN statistics: {exact:.4f}")
+    return "\n".join(lines)
+
+
 def say_finished(summary: Summary, workdir: pathlib.Path) -> None:
     """Tells that there is nothing left to do."""
     print(

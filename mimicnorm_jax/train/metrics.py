@@ -28,16 +28,11 @@ class MetricsWriter:
     Args:
       workdir: the run's folder.
       step: step the run starts or resumes at; later rows of an earlier attempt go.
-      evaluated: whether the evaluation at that step is done; else its row, too, goes.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int, *, evaluated: bool):
+    def __init__(self, workdir: pathlib.Path, step: int):
         self.path = workdir / "metrics.jsonl"
-        kept = [
-            row
-            for row in read_rows(workdir)
-            if row["step"] < step or (row["step"] == step and (evaluated or "test_loss" not in row))
-        ]
+        kept = [row for row in read_rows(workdir) if row["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
         os.replace(temporary, self.path)
@@ -89,6 +84,11 @@ def read_rows(workdir: pathlib.Path) -> list[Row]:
         except json.JSONDecodeError:
             continue
     return rows
+
+
+def evaluations(workdir: pathlib.Path) -> list[Row]:
+    """The rows of the evaluations, in order."""
+    return [row for row in read_rows(workdir) if "test_accuracy" in row]
 
 
 def plot_curves(workdir: pathlib.Path, title: str) -> pathlib.Path:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import pathlib
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mimicnorm_jax.config import LOCAL_FIELDS, method_of, network_options_of, validate
-from mimicnorm_jax.data.pipeline import Pipeline, Workers
+from mimicnorm_jax.data.pipeline import Pipeline, Workers, prefetch
 from mimicnorm_jax.data.random_crop import RandomResizedCrop
 from mimicnorm_jax.data.sources import Source, channel_statistics
 from mimicnorm_jax.data.splits import open_splits
@@ -28,6 +29,7 @@ from mimicnorm_jax.parallel import (
     make_mesh,
     quick_compilation,
     replicated,
+    shard_batch,
 )
 from mimicnorm_jax.precision import resolve_precision
 from mimicnorm_jax.train.optim import make_optimizer, make_schedule
@@ -76,6 +78,11 @@ class Experiment:
     def data_identity(self) -> DataIdentity:
         """What tells the images of this run from others, wherever they are stored."""
         return data_identity(self.train_data.source, self.test_data.source)
+
+    def batches(self, first: int, last: int) -> Generator[Any]:
+        """The training batches of steps ``first`` to ``last`` (not included), on the devices."""
+        host = self.train_data.batches(first, last)
+        return prefetch(host, lambda batch: shard_batch(batch, self.mesh))
 
     def initial_state(self) -> TrainState:
         """The state at step 0, on every device of the mesh."""

@@ -15,7 +15,7 @@ from mimicnorm_jax.train.workdir import Summary, write_json
 
 def summarize(
     experiment: Experiment, workdir: pathlib.Path, state: TrainState, results: dict[str, Any]
-) -> tuple[Summary, pathlib.Path]:
+) -> Summary:
     """Writes, in process 0, the summary of a run that has come to its end, and its curves.
 
     Args:
@@ -25,10 +25,9 @@ def summarize(
       results: what the loop measured.
 
     Returns:
-      The summary: the results, what the run was made with, and the SHA-256 of the final state;
-      and the path of the picture.
+      The summary: the results, what the run was made with, and the SHA-256 of the final state.
     """
-    config, picture = experiment.config, workdir / "curves.png"
+    config = experiment.config
     losses = [row["train_loss"] for row in read_rows(workdir) if "train_loss" in row]
     fields = provenance.config_as_json(config)
     summary = results | {
@@ -50,4 +49,4 @@ def summarize(
     if coordination.is_first():
         plot_curves(workdir, f"{config.network}, {config.method}, {config.data.name}")
         write_json(workdir / "summary.json", summary)
-    return summary, picture
+    return summary

@@ -6,7 +6,6 @@ import faulthandler
 import sys
 import threading
 import time
-from types import TracebackType
 
 from mimicnorm_jax.parallel import coordination
 from mimicnorm_jax.parallel.coordination import Failure
@@ -33,12 +32,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mimicnorm_jax.config import FREE_FIELDS
+from mimicnorm_jax.config import FIELDS, FREE_FIELDS, default_config
 from mimicnorm_jax.data.sources import Source
-from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.errors import UserError, first_line, refused_by_system, unknown
 from mimicnorm_jax.train.lock import LOCK_NAME, check_unused
 from mimicnorm_jax.train.provenance import config_as_json
 
@@ -59,6 +59,28 @@ def other_fields(workdir: pathlib.Path, config: ConfigDict) -> str:
         if name not in FREE_FIELDS and before.get(name) != now.get(name)
     ]
     return ", ".join(differing[:3])
+
+
+def saved_config(workdir: pathlib.Path) -> ConfigDict:
+    """The configuration of the run in ``workdir``.
+
+    Raises:
+      UserError: there is none, or none that this version understands.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise UserError(f"{workdir} is not the folder of a run: it has no config.json")
+    config = default_config()
+    for name, value in read_json(path).items():
+        if name not in FIELDS:
+            raise unknown("field", f"{path}: {name}", FIELDS)
+        if value is not None:
+            value = tuple(value) if isinstance(value, list) else value
+            try:
+                config.update_from_flattened_dict({name: value})
+            except (TypeError, ValueError) as error:
+                raise UserError(f"{path}: {name} = {value!r}: {first_line(error)}") from error
+    return config
 
 
 def _check_folder(workdir: pathlib.Path) -> None:

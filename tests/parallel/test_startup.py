@@ -134,6 +134,13 @@ def test_processes_that_were_not_started_alike_all_end_with_one_reason(tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+def test_devices_that_the_processes_cannot_share_are_one_line(tmp_path):
+    arguments = (*TINY, f"--workdir={tmp_path / 'run'}", "--config.num_devices=3")
+    with Run(tmp_path / "out", *arguments, count=2, devices=2) as run:
+        assert run.wait() == [2, 2]
+        assert run.errors(0) == "error: config.num_devices = 3 does not divide by the 2 processes\n"
+
+
 def test_a_workdir_that_is_not_shared_is_an_error(tmp_path):
     arguments = (*TINY, "--config.max_steps=2")
     flags = [(f"--workdir={tmp_path / str(i)}",) for i in range(2)]

@@ -7,11 +7,12 @@ import pytest
 
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.tools import verify as module
-from mimicnorm_jax.tools.verify import VerificationError, intervals, main, saved_config, verify
+from mimicnorm_jax.tools.verify import VerificationError, intervals, main, verify
 from mimicnorm_jax.train.checkpoint import Checkpoints, read
 from mimicnorm_jax.train.loop import train
 from mimicnorm_jax.train.provenance import config_digest
 from mimicnorm_jax.train.setup import set_up
+from mimicnorm_jax.train.workdir import saved_config
 
 
 @pytest.fixture(scope="module")

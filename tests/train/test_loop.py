@@ -13,9 +13,11 @@ from mimicnorm_jax.train import loop
 from mimicnorm_jax.train.checkpoint import Checkpoints
 from mimicnorm_jax.train.evaluation import evaluate_run
 from mimicnorm_jax.train.loop import train
-from mimicnorm_jax.train.metrics import read_rows
+from mimicnorm_jax.train.metrics import evaluations, read_rows
 from mimicnorm_jax.train.setup import set_up
 from mimicnorm_jax.train.state import digest
+from mimicnorm_jax.train.stopping import Stopped
+from tests.runs import TINY
 
 
 @pytest.fixture
@@ -255,7 +257,8 @@ def test_the_best_checkpoint_is_kept_beside_the_latest(tiny_config, tmp_path, mo
     assert summary["final_test_accuracy"] == 0.5
     experiment = set_up(config)
     checkpoints = Checkpoints(tmp_path / "run" / "checkpoints")
-    assert int(checkpoints.restore_best(experiment.abstract_state).state.step) == 4
+    accuracies = {row["step"]: row["test_accuracy"] for row in evaluations(tmp_path / "run")}
+    assert int(checkpoints.restore_best(experiment.abstract_state, accuracies).state.step) == 4
 
 
 def test_a_run_of_another_configuration_is_not_overwritten(tiny_config, tmp_path):
@@ -271,3 +274,40 @@ def test_another_seed_is_another_run(tiny_config, tmp_path):
         train(tiny_config(seed=seed, max_steps=2), tmp_path / str(seed)) for seed in (0, 1)
     )
     assert first["state_sha256"] != second["state_sha256"]
+
+
+def test_an_evaluation_that_a_stop_interrupted_counts_once_it_is_made_up_for(
+    tiny_config, tmp_path, monkeypatch
+):
+    """Its checkpoint was saved before it, and is the best one nevertheless."""
+    outcomes = iter([None, 0.7, 0.1, 0.5, 0.1])  # 0.1: with exact statistics, at an end
+
+    def evaluate(*_):
+        if (accuracy := next(outcomes)) is None:
+            raise Stopped("a test")
+        return {"test_loss": 1.0, "test_accuracy": accuracy, "test_examples": 360}
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    assert train(tiny_config(max_steps=4), tmp_path / "run") is None
+    made_up = train(tiny_config(max_steps=4), tmp_path / "run")
+    assert (made_up["resumed_from_step"], made_up["best_step"]) == (4, 4)
+    longer = train(tiny_config(max_steps=6, keep_checkpoints=1), tmp_path / "run")
+    assert (longer["best_step"], longer["best_test_accuracy"]) == (4, 0.7)
+    assert [row["step"] for row in evaluations(tmp_path / "run")] == [4, 6]
+    monkeypatch.undo()
+    assert evaluate_run(tiny_config(max_steps=6), tmp_path / "run")["best"]["step"] == 4
+
+
+def test_programs_are_compiled_once_for_all_runs(tiny_config, run_main, tmp_path):
+    """By default under ~/.cache; a machine without a place for it compiles every time."""
+    (tmp_path / "file").write_text("")
+    for home, kept in (("cache", True), ("file", False)):
+        done = run_main(
+            *(*TINY, "--config.max_steps=1", f"--workdir={tmp_path / f'run-{home}'}"),
+            XDG_CACHE_HOME=str(tmp_path / home),
+            JAX_COMPILATION_CACHE_DIR="",
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        folder = tmp_path / home / "mimicnorm_jax"
+        assert (folder.is_dir() and any(folder.iterdir())) == kept

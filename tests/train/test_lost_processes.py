@@ -1,0 +1,115 @@
+"""Processes that are killed, fail, or hang."""
+
+import os
+import pathlib
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from mimicnorm_jax.train.watchdog import Watchdog
+from tests.runs import (
+    EVERY_STEP,
+    LONG,
+    Run,
+    continues,
+    logged_step,
+    saved_steps,
+)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_process_is_killed_the_other_ends(victim, tmp_path, tiny):
+    with Run(tmp_path / "out", *tiny, EVERY_STEP, LONG, count=2) as run:
+        run.wait_until(lambda: logged_step(tmp_path / "run") >= 5)
+        run[victim].kill()
+        began = time.monotonic()
+        codes = run.wait(30)
+        assert time.monotonic() - began < 15
+        assert codes[victim] == -signal.SIGKILL and codes[1 - victim] != 0
+        if victim == 1:
+            assert "error: lost another process" in run.errors(0)
+    step = saved_steps(tmp_path / "run")[-1]
+    got = continues(tmp_path, tiny, LONG, f"--config.max_steps={step + 2}")
+    assert got["resumed_from_step"] == step
+
+
+def test_when_one_process_fails_the_others_say_its_reason(tmp_path, tiny):
+    """Process 0, which writes, loses its folder; process 1 would wait for it for ever."""
+    with Run(tmp_path / "out", *tiny, EVERY_STEP, LONG, count=2) as run:
+        run.wait_until(lambda: logged_step(tmp_path / "run") >= 5)
+        (tmp_path / "run").rename(tmp_path / "elsewhere")
+        assert run.wait(30) == [1, 1]
+        assert "has vanished" in run.errors(0)
+        assert "process 0/2 ended: " in run.errors(1) and "has vanished" in run.errors(1)
+
+
+def test_a_process_that_stands_still_is_given_up(tmp_path, tiny):
+    """The other one, waiting in a collective, ends with all stacks after hang_minutes."""
+    extra = (EVERY_STEP, LONG, "--config.hang_minutes=0.25")
+    with Run(tmp_path / "out", *tiny, *extra, count=2) as run:
+        run.wait_until(lambda: logged_step(tmp_path / "run") >= 5)
+        run[1].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        assert run[0].wait(60) == 1
+        assert 10 < time.monotonic() - began < 45
+        errors = run.errors(0)
+        run[1].send_signal(signal.SIGCONT)
+        assert run.wait(60)[1] != 0
+    assert "no step for 0.25 minutes (config.hang_minutes)" in errors
+    assert "(most recent call first)" in errors and "loop.py" in errors
+
+
+def test_a_hang_of_a_single_process_prints_all_stacks_and_ends(tmp_path, tiny):
+    """A worker that decodes images is stopped: the loop waits for its batch for ever."""
+    from PIL import Image
+
+    for split in ("train", "test"):
+        for label in ("x", "y"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for index in range(40):
+                pixels = np.random.default_rng(index).integers(0, 255, (8, 8, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index}.png")
+    extra = (
+        *("--config.data.name=folder", f"--config.data.dir={tmp_path / 'images'}"),
+        *("--config.data.processes=1", "--config.data.cache_gib=0", "--config.hang_minutes=0.25"),
+        *("--config.batch_size=16", LONG),
+    )
+    with Run(tmp_path / "out", *tiny, *extra) as run:
+        run.wait_until(lambda: logged_step(tmp_path / "run") >= 3)
+        workers = children(run[0].pid)
+        assert workers
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
+        try:
+            assert run.wait(60) == [1]
+        finally:
+            for worker in workers:
+                os.kill(worker, signal.SIGKILL)
+        errors = run.errors()
+    assert "no step for 0.25 minutes (config.hang_minutes)" in errors
+    assert "most recent call first" in errors and "loop.py" in errors
+
+
+def children(pid):
+    """Processes below one, their own children included."""
+    found = []
+    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *children(int(child))]
+    return found
+
+
+def test_a_run_that_was_stopped_and_continued_did_not_hang(monkeypatch):
+    """The watchdog counts the periods in which it was awake."""
+    ended = []
+    monkeypatch.setattr(Watchdog, "_end_hanging", lambda self: ended.append(1))
+    with Watchdog(0.5 / 60) as watchdog:
+        for _ in range(20):
+            time.sleep(0.1)
+            watchdog.beat()
+        assert not ended
+        time.sleep(2.0)
+        assert ended

@@ -1,0 +1,26 @@
+"""What a resumed run says of the devices it was moved to."""
+
+import pytest
+
+from mimicnorm_jax.train.messages import resumed
+from mimicnorm_jax.train.provenance import hardware
+from mimicnorm_jax.train.setup import set_up
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warns"),
+    [
+        ({"method": "mimicnorm"}, False),
+        ({"method": "batchnorm"}, True),
+        ({"method": "batchnorm", "method_options__bn_sync": "global"}, False),
+    ],
+)
+def test_only_what_normalizes_per_device_is_warned_of(overrides, warns, tiny_config):
+    experiment = set_up(tiny_config(num_devices=4, **overrides))
+    same = hardware(experiment.mesh)
+    assert resumed(experiment, 7, same) == "resumed from the checkpoint of step 7"
+    line = resumed(experiment, 7, same | {"num_devices": 2, "num_processes": 2})
+    assert "saved by 2 process(es) with 2 device(s): the same run, but not bit for bit" in line
+    assert ("WARNING: batchnorm normalizes per device" in line) == warns
+    if warns:
+        assert "from now on over 8 examples, not 16" in line

@@ -1,0 +1,66 @@
+"""What a run records of how it was made."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+
+import jax
+import pytest
+
+import mimicnorm_jax
+from mimicnorm_jax.config import FREE_FIELDS
+from mimicnorm_jax.train import provenance
+from mimicnorm_jax.train.loop import train
+from mimicnorm_jax.train.provenance import code, config_as_json, config_digest
+
+
+def test_the_summary_records_what_a_run_was_made_with(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "code", lambda: {"git_commit": "c0ffee", "git_dirty": True})
+    config = tiny_config(max_steps=1)
+    train(config, tmp_path / "run")
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["git_commit"], summary["git_dirty"]) == ("c0ffee", True)
+    assert summary["xla_flags"] == os.environ["XLA_FLAGS"] != ""
+    assert summary["versions"]["jax"] == summary["jax_version"] == jax.__version__
+    for package in ("jaxlib", "flax", "optax", "orbax-checkpoint"):
+        assert summary["versions"][package] == importlib.metadata.version(package)
+    assert summary["config"] == config_as_json(config)
+    assert summary["config_sha256"] == config_digest(config_as_json(config))
+
+
+def test_the_digest_of_a_configuration_changes_with_what_is_computed_alone(tiny_config):
+    fields = config_as_json(tiny_config())
+    free = dict.fromkeys(FREE_FIELDS, "other")
+    assert config_digest(fields | free) == config_digest(fields)
+    for name in fields.keys() - set(FREE_FIELDS):
+        assert config_digest(fields | {name: "other"}) != config_digest(fields), name
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository that seems to hold the package; a function that runs git in it."""
+    package = tmp_path / "checkout" / "mimicnorm_jax"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(mimicnorm_jax, "__file__", str(package / "__init__.py"))
+
+    def git(*arguments):
+        identity = ("-c", "user.name=n", "-c", "user.email=e")
+        command = ["git", *identity, *arguments]
+        done = subprocess.run(command, cwd=package, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    git("init", "--quiet", "..")
+    return git, package
+
+
+def test_the_commit_and_whether_files_were_changed_since(checkout):
+    git, package = checkout
+    assert code() == {"git_commit": None, "git_dirty": None}  # the package is not part of it
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    commit = git("rev-parse", "HEAD")
+    assert code() == {"git_commit": commit, "git_dirty": False}
+    (package / "__init__.py").write_text("1 + 1\n")
+    assert code() == {"git_commit": commit, "git_dirty": True}

@@ -1,0 +1,51 @@
+"""SIGTERM and SIGINT, at inconvenient moments."""
+
+import signal
+import time
+
+import pytest
+
+from tests.runs import EVERY_STEP, LONG, Run, continues, logged_step, rows, saved_steps
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_sigterm_during_an_evaluation_saves_at_once(count, tmp_path, tiny):
+    """The evaluation is made up for by the run that resumes."""
+    extra = (
+        *("--config.data.name=synthetic", "--config.data.num_examples=60000"),
+        *("--config.data.image_size=8", "--config.batch_size=8", "--config.eval_every=0.001"),
+        *("--config.epochs=0.01", "--config.checkpoint_every=1"),
+    )
+    with Run(tmp_path / "out", *tiny, *extra, count=count) as run:
+        # the first evaluation, of 15,000 images in 1,875 batches, begins after step 8
+        run.wait_until(lambda: logged_step(tmp_path / "run") >= 8)
+        time.sleep(0.3)
+        began = time.monotonic()
+        run[count - 1].send_signal(signal.SIGTERM)
+        output = run.succeeds(30)
+        assert time.monotonic() - began < 10
+    assert "stopped by " in output and "after step 8; resume with the same command" in output
+    assert saved_steps(tmp_path / "run") == [8]
+    assert not any("test_loss" in row for row in rows(tmp_path / "run"))
+    got = continues(tmp_path, tiny, *extra, "--config.max_steps=9")
+    assert got["resumed_from_step"] == 8
+    evaluated = [row["step"] for row in rows(tmp_path / "run") if "test_loss" in row]
+    assert evaluated == [8, 9]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(number, tmp_path, tiny):
+    """With a save of every step there is always one under way."""
+    code = 75 if number == signal.SIGINT else 0
+    extra = (EVERY_STEP, LONG, f"--stopped-exit-code={code}")
+    with Run(tmp_path / "out", *tiny, *extra, count=2) as run:
+        run.wait_until(lambda: logged_step(tmp_path / "run") >= 5)
+        run[1].send_signal(number)
+        began = time.monotonic()
+        assert run.wait(30) == [code, code], run.everything()
+        assert time.monotonic() - began < 10
+        output = run.output()
+    step = saved_steps(tmp_path / "run")[-1]
+    assert f"after step {step}; resume with the same command" in output
+    got = continues(tmp_path, tiny, LONG, f"--config.max_steps={step + 2}")
+    assert got["resumed_from_step"] == step
