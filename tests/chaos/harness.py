@@ -20,10 +20,12 @@ import time
 
 from tests.runs import TINY, Run, logged_step, rows, saved_steps, summary
 
+LOG_EVERY = 3  # so that checkpoints come between two lines of metrics, too
 # 23 steps an epoch; a checkpoint every 5 steps, an evaluation every 11
 RUN = (
     *TINY,
     *("--config.checkpoint_every=0.2", "--config.eval_every=0.5", "--config.keep_checkpoints=3"),
+    f"--config.log_every={LOG_EVERY}",
 )
 TIMED = ("images_per_second", "input_wait_fraction")
 _SECONDS_TO_END = 60
@@ -107,7 +109,9 @@ class Chaos:
             seconds = time.monotonic() - began
             # what was half written when it died; by now nobody writes
             cut = saving(workdir)
-            reached = max(logged_step(workdir), *saved_steps(workdir))
+            kept = saved_steps(workdir)[-1]
+            reached = max(logged_step(workdir), kept)
+            lost = reached - kept
             if number == signal.SIGTERM:
                 if "finished" in run.output() or (workdir / "summary.json").exists():
                     return False
@@ -116,13 +120,15 @@ class Chaos:
                 self.report["slowest_stop_s"] = max(self.report["slowest_stop_s"], seconds)
             elif not any(codes):
                 return False
+            else:  # what was done after the last line of metrics, at most
+                lost = max(0, logged_step(workdir) + LOG_EVERY - 1 - kept)
         kind = "sigkill" if number == signal.SIGKILL else "sigterm"
         self.report[f"{kind}s"] += 1
         self.report["sigkills_during_a_save"] += number == signal.SIGKILL and cut
-        lost = f"most_steps_lost_by_{kind}"
-        self.report[lost] = max(self.report[lost], reached - saved_steps(workdir)[-1])
+        most = f"most_steps_lost_by_{kind}"
+        self.report[most] = max(self.report[most], lost)
         self.say(
-            f"{self.count} process(es), {name}: {kind} at step {reached}"
+            f"{self.count} process(es), {name}: {kind} at step {reached} or soon after"
             + (" during a save" if cut else "")
             + f", ended {codes} after {seconds:.1f} s, kept {saved_steps(workdir)}"
         )
@@ -140,7 +146,8 @@ class Chaos:
         self.report["runs"] += 1
         self.report["mismatches"] += not same
         resumed = re.search(r"resumed from the checkpoint of step \d+", output)
-        self.say(f"{name}: {resumed and resumed[0]}, {'the same' if same else 'ANOTHER'} state")
+        how = resumed[0] if resumed else "came to its end before it could be killed again"
+        self.say(f"{name}: {how}: {'the same' if same else 'ANOTHER'} state")
 
     def kill(self, sigkills, sigterms, during_save):
         """The kills, in random order; each resumes the run that the one before killed."""

@@ -14,5 +14,5 @@ def test_runs_killed_at_random_moments_lose_nothing_but_time(tmp_path):
         assert report["mismatches"] == 0, lines
         assert report["most_steps_lost_by_sigterm"] == 0, lines
         # a checkpoint every 5 steps; one may be under way, and a slow disk delays the next
-        assert report["most_steps_lost_by_sigkill"] <= 10, lines
+        assert report["most_steps_lost_by_sigkill"] <= 12, lines
         assert report["slowest_stop_s"] < 20, lines

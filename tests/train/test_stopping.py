@@ -35,17 +35,23 @@ def test_sigterm_during_an_evaluation_saves_at_once(count, tmp_path, tiny):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(number, tmp_path, tiny):
-    """With a save of every step there is always one under way."""
+    """With a save of every step there is always one under way.
+
+    The run was resumed, so that its steps are not what the processes count to agree.
+    """
     code = 75 if number == signal.SIGINT else 0
     extra = (EVERY_STEP, LONG, f"--stopped-exit-code={code}")
+    continues(tmp_path, tiny, LONG, "--config.max_steps=200")
     with Run(tmp_path / "out", *tiny, *extra, count=2) as run:
-        run.wait_until(lambda: logged_step(tmp_path / "run") >= 5)
+        run.wait_until(lambda: logged_step(tmp_path / "run") >= 205)
+        sent_at = logged_step(tmp_path / "run")
         run[1].send_signal(number)
         began = time.monotonic()
         assert run.wait(30) == [code, code], run.everything()
         assert time.monotonic() - began < 10
         output = run.output()
     step = saved_steps(tmp_path / "run")[-1]
+    assert sent_at <= step < sent_at + 100
     assert f"after step {step}; resume with the same command" in output
     got = continues(tmp_path, tiny, LONG, f"--config.max_steps={step + 2}")
     assert got["resumed_from_step"] == step
