@@ -139,11 +139,3 @@ def test_devices_that_the_processes_cannot_share_are_one_line(tmp_path):
     with Run(tmp_path / "out", *arguments, count=2, devices=2) as run:
         assert run.wait() == [2, 2]
         assert run.errors(0) == "error: config.num_devices = 3 does not divide by the 2 processes\n"
-
-
-def test_a_workdir_that_is_not_shared_is_an_error(tmp_path):
-    arguments = (*TINY, "--config.max_steps=2")
-    flags = [(f"--workdir={tmp_path / str(i)}",) for i in range(2)]
-    with Run(tmp_path / "out", *arguments, count=2, flags=flags) as run:
-        assert run.wait() == [2, 2]
-        assert "process 1/2" in run.errors(0) and "not the folder of process 0" in run.errors(0)

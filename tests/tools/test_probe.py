@@ -5,7 +5,9 @@ import re
 import pytest
 from PIL import Image
 
+from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.tools import probe
+from mimicnorm_jax.train.loop import train
 
 TINY = (
     *("--config=configs/digits_resnet20.py", "--config.network=resnet8"),
@@ -42,24 +44,17 @@ def test_methods_are_put_side_by_side_in_table_picture_and_file(run_probe, tmp_p
         assert picture.size[0] > 1000
 
 
-def test_a_trained_state_is_probed(run_main, run_probe, tmp_path):
+def test_a_trained_state_is_probed(tiny_config, tmp_path):
     run = tmp_path / "run"
-    trained = run_main(*TINY[:-1], "--config.max_steps=2", f"--workdir={run}")
-    assert trained.returncode == 0, trained.stderr
-    done = run_probe(f"--checkpoint={run}", "--plot=", "--json=trained.json")
-    assert done.returncode == 0, done.stderr
-    other = run_probe(f"--checkpoint={run}", "--config.learning_rate=0.5")
-    assert other.returncode == 2
-    assert "config.learning_rate (0.1 there, 0.5 now)" in other.stderr
-    fresh = run_probe("--plot=", "--json=fresh.json")
-    assert fresh.returncode == 0
-    assert not (tmp_path / "probe.png").exists()
-    trained, fresh = (
-        json.loads((tmp_path / name).read_text())["mimicnorm"]
-        for name in ("trained.json", "fresh.json")
+    train(tiny_config(max_steps=2), run)
+    fresh, trained = (
+        probe.probe(tiny_config(), ["mimicnorm"], images=4, checkpoint=checkpoint)["mimicnorm"]
+        for checkpoint in (None, run)
     )
-    moved = [a["second_moment"] != b["second_moment"] for a, b in zip(trained, fresh, strict=True)]
+    moved = [a.second_moment != b.second_moment for a, b in zip(trained, fresh, strict=True)]
     assert any(moved)
+    with pytest.raises(UserError, match=r"config\.learning_rate \(0\.1 there, 0\.5 now\)"):
+        probe.probe(tiny_config(learning_rate=0.5), ["mimicnorm"], images=4, checkpoint=run)
 
 
 @pytest.mark.parametrize(

@@ -303,7 +303,8 @@ def test_programs_are_compiled_once_for_all_runs(tiny_config, run_main, tmp_path
     (tmp_path / "file").write_text("")
     for home, kept in (("cache", True), ("file", False)):
         done = run_main(
-            *(*TINY, "--config.max_steps=1", f"--workdir={tmp_path / f'run-{home}'}"),
+            *(*TINY, "--config.network=mlp", "--config.width=1", "--config.max_steps=1"),
+            *(f"--workdir={tmp_path / f'run-{home}'}",),
             XDG_CACHE_HOME=str(tmp_path / home),
             JAX_COMPILATION_CACHE_DIR="",
         )

@@ -12,12 +12,12 @@ from tests.runs import EVERY_STEP, LONG, Run, continues, logged_step, rows, save
 def test_sigterm_during_an_evaluation_saves_at_once(count, tmp_path, tiny):
     """The evaluation is made up for by the run that resumes."""
     extra = (
-        *("--config.data.name=synthetic", "--config.data.num_examples=60000"),
-        *("--config.data.image_size=8", "--config.batch_size=8", "--config.eval_every=0.001"),
-        *("--config.epochs=0.01", "--config.checkpoint_every=1"),
+        *("--config.data.name=synthetic", "--config.data.num_examples=30000"),
+        *("--config.data.image_size=8", "--config.batch_size=8", "--config.eval_every=0.002"),
+        *("--config.epochs=0.02", "--config.checkpoint_every=1"),
     )
     with Run(tmp_path / "out", *tiny, *extra, count=count) as run:
-        # the first evaluation, of 15,000 images in 1,875 batches, begins after step 8
+        # the first evaluation, of 7,500 images in 938 batches, begins after step 8
         run.wait_until(lambda: logged_step(tmp_path / "run") >= 8)
         time.sleep(0.3)
         began = time.monotonic()
