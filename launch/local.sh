@@ -15,6 +15,7 @@ free_port='import socket; print(socket.create_server(("localhost", 0)).getsockna
 coordinator="localhost:$("$VENV/bin/python" -c "$free_port")"
 label() { # line by line, where sed would wait for more
   local line
+  trap '' INT TERM # Ctrl-C is for the processes: what they still say is wanted
   while IFS= read -r line; do printf '[%s] %s\n' "$1" "$line"; done
 }
 processes=() interrupted='' code=0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
@@ -93,6 +94,9 @@ def run_program(program: Callable[[], None] | Mapping[str, Callable[[], None]]) 
         _fail(Failure(2, str(error)))
     except RunError as error:
         _fail(Failure(1, str(error)))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python fails once more when it ends
+        _fail(Failure(1, "what was reading the output has ended"))
     except KeyboardInterrupt:
         _fail(Failure(130, "interrupted"))
     except Exception as error:

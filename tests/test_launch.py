@@ -5,13 +5,15 @@ import pathlib
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
 
-from tests.runs import ROOT, TINY, summary
+from tests.runs import ROOT, TINY, logged_step, summary
 
 SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
 ACTIONS = ("create", "queue", "setup", "train", "status", "logs", "stop", "delete")
@@ -152,6 +154,24 @@ def test_local_sh_trains_in_several_processes_and_says_which_prints_what(environ
         assert f"[{process}] process {process}/2, 1 local device, " in done.stdout
     assert "[0] final_test_accuracy" in done.stdout and "[1] final_test" not in done.stdout
     assert summary(workdir)["num_processes"] == 2
+    # Ctrl-C, which reaches every process of the terminal, the script's own too
+    longer = (*command, "--config.epochs=500")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(
+        [*longer, f"--workdir={tmp_path / 'long'}"],
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+        **pipes,
+    ) as started:
+        deadline = time.monotonic() + 100
+        while logged_step(tmp_path / "long") < 5:
+            assert time.monotonic() < deadline and started.poll() is None
+            time.sleep(0.05)
+        os.killpg(started.pid, signal.SIGINT)
+        stdout, stderr = started.communicate(timeout=60)
+    assert started.returncode == 0, stderr
+    assert "[0] stopped by " in stdout and "resume with the same command" in stdout
     # what is wrong is said once, and is its exit code
     done = subprocess.run([*command, "--config.method=none"], timeout=120, **options)
     assert done.returncode == 2

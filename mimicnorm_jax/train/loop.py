@@ -106,6 +106,8 @@ def _explained(workdir: pathlib.Path, lock: WorkdirLock) -> Iterator[None]:
     """Turns what the system refuses into a ``RunError`` that says what is kept."""
     try:
         yield
+    except BrokenPipeError:  # of the output, not of the workdir
+        raise
     except (OSError, RunError) as error:
         lock.check()  # a folder that has vanished explains the rest
         if isinstance(error, RunError):

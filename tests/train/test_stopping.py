@@ -55,3 +55,12 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(number, tmp_pat
     assert f"after step {step}; resume with the same command" in output
     got = continues(tmp_path, tiny, LONG, f"--config.max_steps={step + 2}")
     assert got["resumed_from_step"] == step
+
+
+def test_a_run_whose_output_nobody_reads_says_so(tiny, run_main):
+    """As with ``| head``: not a broken workdir, and no traceback."""
+    with run_main(*tiny, LONG, background=True) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(60) == 1
+        assert process.stderr.read() == "error: what was reading the output has ended\n"
