@@ -15,6 +15,8 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from mimicnorm_jax.errors import UserError, unknown
+from mimicnorm_jax.layers.remat import REMATS
+from mimicnorm_jax.layers.storage import STORAGES
 from mimicnorm_jax.methods import METHODS, Method, create_method
 from mimicnorm_jax.models import NETWORKS, network_options
 from mimicnorm_jax.precision import PRECISIONS
@@ -119,6 +121,9 @@ FIELDS: dict[str, Field] = {
     "learning_rate": Field(0.1, "Learning rate after warm-up.", **_above(0)),
     "precision": Field("auto", "Type of convolutions and matrix products; auto is bfloat16 on GPU and TPU, float32 on CPU.", PRECISIONS),
     "weight_mean": Field("projected", "How weight mean is kept: by the optimizer (projected), or in the forward pass (reparameterized).", ("projected", "reparameterized")),
+    "activation_storage": Field("full", "How convolutions keep their inputs for the backward pass: as they are, or in 8 or 4 bits.", STORAGES),
+    "remat": Field("none", "What the backward pass computes again: nothing, whole blocks, or all but convolutions and matrix products.", REMATS),
+    "micro_batches": Field(1, "Parts in which a batch is computed, for its exact gradient in the memory of one part.", **_at_least(1, 2**24)),
     "deterministic": Field(False, "Deterministic GPU kernels, for bit-exact resume on GPUs (slower).", **_true_or_false()),
     "num_devices": Field(None, "Devices to use, over all processes; unset uses all.", **_at_least(1), kind=int),
     "log_every": Field(10, "Steps between two lines of metrics.", **_at_least(1)),
@@ -298,7 +303,20 @@ def method_of(config: ConfigDict, *, axis_name: str | None = None) -> Method:
             raise UserError(
                 f"config.method_options.{option} does not apply to method {config.method!r}"
             )
-    return create_method(config.method, axis_name=axis_name, **options)
+    method = create_method(
+        config.method,
+        axis_name=axis_name,
+        activation_storage=config.activation_storage,
+        remat=config.remat,
+        **options,
+    )
+    if config.micro_batches > 1 and method.couples_examples:
+        raise UserError(
+            f"config.micro_batches = {config.micro_batches} does not go with method "
+            f"{config.method!r}, whose inner layers normalize over the batch: parts of it have "
+            "other statistics than the whole, and so another gradient; allowed: 1"
+        )
+    return method
 
 
 def network_options_of(config: ConfigDict) -> dict[str, Any]:

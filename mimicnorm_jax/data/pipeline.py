@@ -50,6 +50,14 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.argsort(raw, kind="stable")
 
 
+def steps_of(epochs: float, num_examples: int, batch_size: int) -> Fraction:
+    """Exactly how many steps ``epochs`` are: N / B each, which is seldom whole.
+
+    With floating-point numbers 150 epochs of 136 / 50 steps would be more than 408.
+    """
+    return Fraction(epochs).limit_denominator(10**6) * num_examples / batch_size
+
+
 class Pipeline:
     """Training batches by step.
 
@@ -91,11 +99,8 @@ class Pipeline:
         )
 
     def steps(self, epochs: float) -> Fraction:
-        """Exactly how many steps ``epochs`` are: N / B each, which is seldom whole.
-
-        With floating-point numbers 150 epochs of 136 / 50 steps would be more than 408.
-        """
-        return Fraction(epochs).limit_denominator(10**6) * len(self.source) / self.batch_size
+        """Exactly how many steps ``epochs`` are."""
+        return steps_of(epochs, len(self.source), self.batch_size)
 
     def indices(self, step: int) -> np.ndarray:
         """Indices ``(B,)`` into the source of the examples of a step."""

@@ -14,8 +14,10 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 from jax.typing import DTypeLike
+
+from mimicnorm_jax.layers.convolution import Geometry, convolve
+from mimicnorm_jax.layers.storage import Codec
 
 WeightMean = Literal["reparameterized", "projected"]
 Initializer = Callable[..., jax.Array]
@@ -186,6 +188,7 @@ class ScaledConv(ScaledKernel):
       dtype: type of the computation; None promotes input and kernel.
       param_dtype: type of the parameters.
       precision: ``jax.lax.Precision`` of the convolution.
+      codec: how the input is kept for the backward pass; None: as it is.
       kernel_init: initializer ``(key, shape, dtype)``; default: ``stable_normal`` for
         a rectified input.
       bias_init: initializer of the bias.
@@ -207,6 +210,7 @@ class ScaledConv(ScaledKernel):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         precision: Any = None,
+        codec: Codec | None = None,
         kernel_init: Initializer | None = None,
         bias_init: Initializer = _ZEROS,
         rngs: nnx.Rngs,
@@ -237,9 +241,15 @@ class ScaledConv(ScaledKernel):
         self.feature_group_count = feature_group_count
         self.dtype = dtype
         self.precision = precision
+        self.codec = codec
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Convolves ``(B, *spatial, in_features)`` to ``(B, *spatial', out_features)``."""
+    def __call__(self, inputs: jax.Array, offset: jax.Array | None = None) -> jax.Array:
+        """Convolves ``(B, *spatial, in_features)`` to ``(B, *spatial', out_features)``.
+
+        Args:
+          inputs: the input.
+          offset: a scalar added to the input before it is padded.
+        """
         axes = len(self.kernel_size)
         if inputs.ndim != axes + 2 or inputs.shape[-1] != self.in_features:
             raise ValueError(
@@ -247,17 +257,16 @@ class ScaledConv(ScaledKernel):
                 f"got shape {inputs.shape}"
             )
         inputs, kernel, bias = self._operands(inputs, self.dtype)
-        spatial = "HWDUVXYZ"[:axes]
-        outputs = lax.conv_general_dilated(
-            inputs,
-            kernel,
+        if offset is not None:
+            offset = offset.astype(inputs.dtype)
+        geometry = Geometry(
             self.strides,
             self.padding,
-            rhs_dilation=self.kernel_dilation,
-            dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-            feature_group_count=self.feature_group_count,
-            precision=self.precision,
+            self.kernel_dilation,
+            self.feature_group_count,
+            self.precision,
         )
+        outputs = convolve(inputs, kernel, geometry, offset=offset, codec=self.codec)
         return outputs if bias is None else outputs + bias.reshape((1,) * (axes + 1) + (-1,))
 
 

@@ -12,8 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.layers import stable_normal
+from mimicnorm_jax.errors import UserError, unknown
+from mimicnorm_jax.layers import ScaledConv, stable_normal
+from mimicnorm_jax.layers.remat import REMATS, Remat, run
+from mimicnorm_jax.layers.storage import STORAGES, ActivationStorage, codec_of
+from mimicnorm_jax.layers.storage import relu as stored_relu
 from mimicnorm_jax.precision import FLOAT32, Precision
 
 Role = Literal["stem", "inner", "branch_end", "shortcut", "depthwise", "hidden_dense", "classifier"]
@@ -73,6 +76,9 @@ class Method:
       axis_name: mapped axis over which batch statistics are averaged; None where the
         model is used outside ``shard_map``, ``pmap`` and ``vmap``.
       scalar_rate: learning rate of scalar parameters, as a multiple of the others'.
+      activation_storage: how convolutions and activations keep what their backward pass needs:
+        ``"full"``, or in ``"int8"`` or ``"int4"``, see ``mimicnorm_jax.layers.storage``.
+      remat: what the backward pass computes again, see ``mimicnorm_jax.layers.remat``.
     """
 
     name: ClassVar[str] = "nonorm"
@@ -81,8 +87,13 @@ class Method:
     precision: Precision = FLOAT32
     axis_name: str | None = None
     scalar_rate: float = 1.0
+    activation_storage: ActivationStorage = "full"
+    remat: Remat = "none"
 
     def __post_init__(self) -> None:
+        for name, allowed in (("activation_storage", STORAGES), ("remat", REMATS)):
+            if getattr(self, name) not in allowed:
+                raise unknown(name, getattr(self, name), allowed)
         if not self.scalar_rate > 0:
             raise UserError(f"scalar_rate must be positive, got {self.scalar_rate}")
 
@@ -108,6 +119,7 @@ class Method:
           rngs: for the initial values.
         """
         fan_in = math.prod(kernel_size) * in_features // feature_group_count
+        codec = codec_of(self.activation_storage, rectified=site.after_relu)
         return self.conv_layer(fan_in, site)(
             in_features,
             out_features,
@@ -118,17 +130,18 @@ class Method:
             dtype=self.precision.dtype,
             param_dtype=self.precision.param_dtype,
             rngs=rngs,
+            **({} if codec is None else {"codec": codec}),
         )
 
     def conv_layer(self, fan_in: int, site: Site) -> Callable[..., Function]:
-        """The kind of convolution at ``site``: what makes it, given ``nnx.Conv``'s arguments.
+        """The kind of convolution at ``site``: what makes it, given ``ScaledConv``'s arguments.
 
         Args:
           fan_in: number of weights of one output channel.
           site: where the convolution stands in the network.
         """
         return functools.partial(
-            nnx.Conv,
+            ScaledConv,
             use_bias=self.use_bias(site),
             kernel_init=stable_normal(fan_in, centered=False, after_relu=site.after_relu),
         )
@@ -155,11 +168,21 @@ class Method:
 
     def activation(self, *, site: Site) -> Function:
         """The nonlinearity after the layer (or merge) at ``site``."""
-        return jax.nn.relu
+        codec = codec_of(self.activation_storage, rectified=True)
+        return jax.nn.relu if codec is None else functools.partial(stored_relu, bits=codec.bits)
 
     def merge(self, *, branch: Branch) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """How ``(shortcut, branch)`` become the input of the block's last activation."""
         return add
+
+    def run(self, block: Function, x: jax.Array) -> jax.Array:
+        """Passes ``x`` through a block of the network, of which more may be computed twice."""
+        return run(block, x, self.remat)
+
+    @property
+    def couples_examples(self) -> bool:
+        """Whether what an example becomes before the head depends on the others of its batch."""
+        return False
 
     def min_batch_size(self, num_devices: int) -> int:
         """Fewest examples in a global batch with which training makes sense.

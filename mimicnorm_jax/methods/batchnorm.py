@@ -32,6 +32,10 @@ class BatchNorm(Method):
         if self.bn_sync not in ("local", "global"):
             raise unknown("bn_sync", self.bn_sync, ("local", "global"))
 
+    @property
+    def couples_examples(self) -> bool:
+        return True
+
     def min_batch_size(self, num_devices: int) -> int:
         return 2 * num_devices if self.bn_sync == "local" else 2
 

@@ -30,9 +30,7 @@ class FixupConv(nnx.Module):
         self.bias_out = nnx.Param(jnp.zeros((), param_dtype)) if bias_out else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if self.bias_in is not None:
-            x = x + self.bias_in[...].astype(x.dtype)
-        y = self.conv(x)
+        y = self.conv(x, None if self.bias_in is None else self.bias_in[...])
         return y if self.bias_out is None else y + self.bias_out[...].astype(y.dtype)
 
 

@@ -14,7 +14,7 @@ from flax import nnx
 from mimicnorm_jax.errors import unknown
 from mimicnorm_jax.methods import Branch, Method, Site
 from mimicnorm_jax.models.channels import identity_shortcut
-from mimicnorm_jax.models.pooling import global_average_pool, max_pool
+from mimicnorm_jax.models.pooling import global_average_pool
 from mimicnorm_jax.models.stem import check_image_size, resolve_stem
 from mimicnorm_jax.models.unit import ConvUnit
 
@@ -186,9 +186,10 @@ class ResNet(nnx.Module):
             site=Site("stem", after_relu=False),
             strides=strides,
             padding=kernel // 2,
+            pool={"window": 3, "stride": 2, "padding": 1} if stem == "large" else None,
             rngs=rngs,
         )
-        self.pools = stem == "large"
+        self.run = method.run
         self.blocks = nnx.List[Block]([])
         for stage, (count, stage_features) in enumerate(
             zip(variant.blocks, variant.features, strict=True)
@@ -216,8 +217,6 @@ class ResNet(nnx.Module):
     def __call__(self, images: jax.Array, *, keys: jax.Array | None = None) -> jax.Array:
         """Maps normalized images ``(B, H, W, C)`` to logits ``(B, num_classes)``."""
         x = self.stem(images)
-        if self.pools:
-            x = max_pool(x, window=3, stride=2, padding=1)
         for block in self.blocks:
-            x = block(x)
+            x = self.run(block, x)
         return self.head(self.classifier(global_average_pool(x)))

@@ -7,7 +7,7 @@ from flax import nnx
 
 from mimicnorm_jax.methods import Method, Site
 from mimicnorm_jax.models.channels import halves, interleave
-from mimicnorm_jax.models.pooling import global_average_pool, max_pool
+from mimicnorm_jax.models.pooling import global_average_pool
 from mimicnorm_jax.models.stem import check_image_size, resolve_stem
 from mimicnorm_jax.models.unit import ConvUnit
 
@@ -125,9 +125,10 @@ class ShuffleNetV2(nnx.Module):
             site=Site("stem", after_relu=False),
             strides=2 if stem == "large" else 1,
             padding=1,
+            pool={"window": 3, "stride": 2, "padding": 1} if stem == "large" else None,
             rngs=rngs,
         )
-        self.pools = stem == "large"
+        self.run = method.run
         self.units = nnx.List[Unit]([])
         for count, out in zip(STAGE_UNITS, stages, strict=True):
             for index in range(count):
@@ -141,8 +142,6 @@ class ShuffleNetV2(nnx.Module):
     def __call__(self, images: jax.Array, *, keys: jax.Array | None = None) -> jax.Array:
         """Maps normalized images ``(B, H, W, C)`` to logits ``(B, num_classes)``."""
         x = self.stem(images)
-        if self.pools:
-            x = max_pool(x, window=3, stride=2, padding=1)
         for unit in self.units:
-            x = unit(x)
+            x = self.run(unit, x)
         return self.head(self.classifier(global_average_pool(self.last(x))))

@@ -95,8 +95,10 @@ class SqueezeNet(nnx.Module):
             site=Site("stem", after_relu=False),
             strides=strides,
             padding=kernel // 2,
+            pool={"window": 2, "stride": 2},
             rngs=rngs,
         )
+        self.run = method.run
         self.fires = nnx.List[Fire]([])
         for number, (squeeze, expand) in enumerate(FIRES, start=2):
             bypass = None
@@ -118,9 +120,9 @@ class SqueezeNet(nnx.Module):
 
     def __call__(self, images: jax.Array, *, keys: jax.Array | None = None) -> jax.Array:
         """Maps normalized images ``(B, H, W, C)`` to logits ``(B, num_classes)``."""
-        x = max_pool(self.stem(images), window=2, stride=2)
+        x = self.stem(images)
         for number, fire in enumerate(self.fires, start=2):
-            x = fire(x)
+            x = self.run(fire, x)
             if number in POOLED:
                 x = max_pool(x, window=2, stride=2)
         return self.head(self.classifier(global_average_pool(x)))

@@ -1,15 +1,18 @@
-"""Convolution, norm, activation: the unit all architectures are made of."""
+"""Convolution, norm, pool, activation: the unit all architectures are made of."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import jax
 from flax import nnx
 
 from mimicnorm_jax.methods import Method, Site
+from mimicnorm_jax.models.pooling import Window, max_pool_activated
 
 
 class ConvUnit(nnx.Module):
-    """``activation(norm(conv(x)))``, each asked of the method.
+    """``max_pool(activation(norm(conv(x))))``, each but the pool asked of the method.
 
     Args:
       method: what normalizes the network.
@@ -17,6 +20,7 @@ class ConvUnit(nnx.Module):
         the convolution.
       site: where the unit stands in the network.
       activate: False leaves the activation to the caller, as at a branch's end.
+      pool: arguments of ``max_pool``; None for none.
       rngs: for the initial values.
     """
 
@@ -32,6 +36,7 @@ class ConvUnit(nnx.Module):
         padding: int = 0,
         feature_group_count: int = 1,
         activate: bool = True,
+        pool: Mapping[str, int] | None = None,
         rngs: nnx.Rngs,
     ):
         self.conv = method.conv(
@@ -46,8 +51,13 @@ class ConvUnit(nnx.Module):
         )
         self.norm = method.norm(out_features, site=site, rngs=rngs)
         self.activation = method.activation(site=site) if activate else None
+        self.pool = None if pool is None else Window(**pool)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``(B, H, W, in_features)`` to ``(B, H', W', out_features)``."""
         x = self.norm(self.conv(x))
-        return x if self.activation is None else self.activation(x)
+        if self.activation is None:
+            return x
+        if self.pool is None:
+            return self.activation(x)
+        return max_pool_activated(x, self.activation, **self.pool._asdict())

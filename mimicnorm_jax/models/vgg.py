@@ -9,7 +9,6 @@ from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers import Dropout
 from mimicnorm_jax.methods import Method, Site
 from mimicnorm_jax.models.channels import flatten
-from mimicnorm_jax.models.pooling import max_pool
 from mimicnorm_jax.models.unit import ConvUnit
 
 STAGE_FEATURES = (64, 128, 256, 512, 512)
@@ -21,6 +20,16 @@ STAGE_LAYERS = {
 }
 HIDDEN_FEATURES = 4096
 TOTAL_STRIDE = 32
+
+
+class Stage(nnx.List[ConvUnit]):
+    """Convolutions one after the other."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``(B, H, W, C)`` to ``(B, H / 2, W / 2, C')``."""
+        for unit in self:
+            x = unit(x)
+        return x
 
 
 class VGG(nnx.Module):
@@ -53,19 +62,27 @@ class VGG(nnx.Module):
             raise UserError(
                 f"vgg needs an image size that is a multiple of {TOTAL_STRIDE}, got {image_size}"
             )
-        self.stages = nnx.List[nnx.List[ConvUnit]]([])
+        self.stages = nnx.List[Stage]([])
         features = channels
         for stage_features, layers in zip(STAGE_FEATURES, stage_layers, strict=True):
-            stage = nnx.List[ConvUnit]([])
-            for _ in range(layers):
-                first = not self.stages and not stage
-                site = Site("stem" if first else "inner", after_relu=not first)
+            units = []
+            for index in range(layers):
+                first = not self.stages and index == 0
                 out = max(1, round(stage_features * width))
-                stage.append(
-                    ConvUnit(method, features, out, (3, 3), site=site, padding=1, rngs=rngs)
+                unit = ConvUnit(
+                    method,
+                    features,
+                    out,
+                    (3, 3),
+                    site=Site("stem" if first else "inner", after_relu=not first),
+                    padding=1,
+                    pool={"window": 2, "stride": 2} if index == layers - 1 else None,
+                    rngs=rngs,
                 )
+                units.append(unit)
                 features = out
-            self.stages.append(stage)
+            self.stages.append(Stage(units))
+        self.run = method.run
         features *= (image_size // TOTAL_STRIDE) ** 2
         hidden = max(1, round(HIDDEN_FEATURES * width))
         site = Site("hidden_dense")
@@ -89,9 +106,7 @@ class VGG(nnx.Module):
         """
         x = images
         for stage in self.stages:
-            for unit in stage:
-                x = unit(x)
-            x = max_pool(x, window=2, stride=2)
+            x = self.run(stage, x)
         x = flatten(x)
         for dense, dropout in zip(self.hidden, self.dropouts, strict=True):
             x = dropout(self.activation(dense(x)), keys)

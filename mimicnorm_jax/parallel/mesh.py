@@ -52,11 +52,16 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     return Mesh(chosen, (DATA_AXIS,), axis_types=(AxisType.Auto,))
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, method: Method) -> None:
-    """Raises ``UserError`` unless the batch fits the number of devices and the method."""
+def check_batch_size(batch_size: int, mesh: Mesh, method: Method, micro_batches: int = 1) -> None:
+    """Raises ``UserError`` unless the batch fits devices, method and micro-batches."""
     if batch_size % mesh.size:
         raise UserError(
             f"config.batch_size = {batch_size} does not divide by the {mesh.size} devices"
+        )
+    if batch_size % (mesh.size * micro_batches):
+        raise UserError(
+            f"config.batch_size = {batch_size} does not divide by {mesh.size} device(s) times "
+            f"config.micro_batches = {micro_batches}"
         )
     if batch_size < method.min_batch_size(mesh.size):
         raise UserError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,13 @@ def _weights_of_offsets(known: tuple[Offset, ...], height: int, width: int) -> t
                 of_level[below + 1] += pairs * (at - below)
     shared = of_level / np.bincount(level_of) / (height * width) ** 2
     return tuple(shared[level_of].tolist())
+
+
+def max_pool_activated(
+    signal: Signal, activation: Callable[[Signal], Signal], **window: int
+) -> Signal:
+    """``max_pool(activation(signal))``."""
+    return max_pool(activation(signal), **window)
 
 
 def global_average_pool(signal: Signal) -> Signal:

@@ -23,6 +23,7 @@ from mimicnorm_jax.theory.signal import Signal
 # What networks call themselves; the rest they ask of their method.
 _OF_SIGNALS: tuple[tuple[Any, Callable[..., Any]], ...] = (
     (model_pooling.max_pool, pooling.max_pool),
+    (model_pooling.max_pool_activated, pooling.max_pool_activated),
     (model_pooling.global_average_pool, pooling.global_average_pool),
     (channels.flatten, pooling.flatten),
     (channels.concatenate, signal.concatenate),

@@ -38,7 +38,8 @@ from mimicnorm_jax.theory import Layer, Probe
 from mimicnorm_jax.tools.probe_plot import plot
 from mimicnorm_jax.tools.report import JSON, check_output, write_json
 from mimicnorm_jax.train.checkpoint import Checkpoints
-from mimicnorm_jax.train.setup import configure_jax, network_arguments, normalization, set_up
+from mimicnorm_jax.train.program import network_arguments
+from mimicnorm_jax.train.setup import configure_jax, images_of, set_up
 from mimicnorm_jax.train.state import TrainState
 from mimicnorm_jax.train.workdir import other_fields
 
@@ -117,9 +118,10 @@ def probe(
         raise UserError(f"--images={images} is more than the {len(train)} training images")
     batch = Pipeline(train, batch_size=images, seed=config.seed).batch(0)
     dtype = resolve_precision(config.precision).dtype
-    inputs = normalize(jnp.asarray(batch["image"]), **normalization(config, train), dtype=dtype)
+    known = images_of(config, train)
+    inputs = normalize(jnp.asarray(batch["image"]), mean=known.mean, std=known.std, dtype=dtype)
     labels = jnp.asarray(batch["label"])
-    arguments = network_arguments(config, train)
+    arguments = network_arguments(config, known)
     rows = {}
     progress = tqdm(total=len(methods) * draws, desc="probing", disable=not sys.stderr.isatty())
     for name in methods:

@@ -15,6 +15,7 @@ import optax
 from flax import nnx
 
 from mimicnorm_jax.layers import LastBN, weight_mean_mask
+from mimicnorm_jax.methods.base import identity
 
 Tree = Any
 
@@ -72,6 +73,21 @@ class Network:
         model = nnx.merge(self.train_graph, params, batch_stats, copy=True)
         logits = model(images, keys=keys)
         return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
+    def apply_body(
+        self, params: Tree, batch_stats: Tree, images: jax.Array, keys: jax.Array
+    ) -> jax.Array:
+        """What reaches the head ``(B, num_classes)`` in training."""
+        model: Any = nnx.merge(self.train_graph, params, batch_stats, copy=True)
+        model.head = identity
+        return model(images, keys=keys)
+
+    def apply_head(
+        self, params: Tree, batch_stats: Tree, logits: jax.Array
+    ) -> tuple[jax.Array, Tree]:
+        """``apply_train``, given the result of ``apply_body``."""
+        model: Any = nnx.merge(self.train_graph, params, batch_stats, copy=True)
+        return model.head(logits), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
     def apply_eval(self, params: Tree, batch_stats: Tree, images: jax.Array) -> jax.Array:
         """Logits ``(B, num_classes)`` with the running statistics."""

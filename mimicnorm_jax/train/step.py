@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,7 @@ from mimicnorm_jax.data.augment import augment, example_keys, normalize
 from mimicnorm_jax.layers import cross_entropy
 from mimicnorm_jax.parallel import DATA_AXIS
 from mimicnorm_jax.precision import Precision
+from mimicnorm_jax.train.gradient import in_micro_batches, whole_batch
 from mimicnorm_jax.train.state import Network, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -53,27 +55,38 @@ def make_train_step(
       ``gradient_norm``; where steps may be skipped also ``skipped`` (count so far).
     """
     data, options = config.data, config.optimizer
+    augmentation = {name: data[name] for name in ("pad_crop", "flip", "rotation")}
+    gradient_of: Any = whole_batch
+    if config.micro_batches > 1:
+        unroll = mesh.devices.flat[0].platform == "cpu"
+        gradient_of = functools.partial(in_micro_batches, count=config.micro_batches, unroll=unroll)
 
     def local_step(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
-        images, labels = batch["image"], batch["label"]
-        local = images.shape[0]
-        indices = lax.axis_index(DATA_AXIS) * local + jnp.arange(local)
-        keys = jax.vmap(jax.random.split)(example_keys(config.seed, state.step, indices))
-        augmentation = {name: data[name] for name in ("pad_crop", "flip", "rotation")}
-        images = augment(images, keys[:, 0], **augmentation)
-        images = normalize(images, mean=mean, std=std, dtype=precision.param_dtype)
+        labels = batch["label"]
+        local = len(labels)
 
-        def loss_of(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-            logits, stats = network.apply_train(
-                params, state.batch_stats, images.astype(precision.dtype), keys[:, 1]
-            )
+        def inputs(images: jax.Array, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+            keys = jax.vmap(jax.random.split)(example_keys(config.seed, state.step, indices))
+            images = augment(images, keys[:, 0], **augmentation)
+            images = normalize(images, mean=mean, std=std, dtype=precision.param_dtype)
+            return images.astype(precision.dtype), keys[:, 1]
+
+        def loss_of(logits: jax.Array) -> jax.Array:
             losses = cross_entropy(logits, labels, options.label_smoothing)
             # Under shard_map, gradients of replicated parameters are already summed over
             # the devices. So the mean belongs into the loss: a pmean of the gradients
             # would leave them too large by the number of devices.
-            return lax.pmean(losses.mean(), DATA_AXIS), (logits, stats)
+            return lax.pmean(losses.mean(), DATA_AXIS)
 
-        (loss, (logits, stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
+        loss, logits, stats, grads = gradient_of(
+            network,
+            inputs,
+            loss_of,
+            state.params,
+            state.batch_stats,
+            batch["image"],
+            lax.axis_index(DATA_AXIS) * local + jnp.arange(local),
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema_params
