@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -60,33 +60,48 @@ def _reject_arguments(arguments: list[str]) -> None:
         raise UserError(f"unexpected argument {arguments[0]!r}; flags are written --name=value")
 
 
-def run_program(program: Callable[[], None] | Mapping[str, Callable[[], None]]) -> None:
+Program = Callable[[], None]
+
+
+def run_program(
+    program: Program | Mapping[str, Program], *, without_config: Collection[str] = ()
+) -> None:
     """Parses the flags and runs a program.
 
     A wrong input is one line and exit code 2, a run that cannot go on one line and exit code 1.
     Where one of several processes fails, the others end too.
 
     Args:
-      program: what to run; or, where the first argument chooses, what it chooses from.
+      program: what to run; or, where the first argument chooses, what it chooses from. One
+        named ``""`` is chosen by no argument.
+      without_config: those of them that take no ``--config``.
     """
+    programs = program if isinstance(program, Mapping) else {"": program}
 
     def parse(argv: list[str]) -> list[str]:
-        rest = _parse(argv)
-        if isinstance(program, Mapping):
-            if len(rest) < 2:
-                raise UserError(f"say which: {', '.join(program)}")
-            if rest[1] not in program:
-                raise unknown("command", rest[1], program)
-        if _CONFIG.value is None:
+        name, *rest = [*_parse(argv)[1:]] or [""]
+        if not isinstance(program, Mapping):
+            name, rest = "", [name, *rest] if name else []
+        if name not in programs:
+            allowed = [known for known in programs if known]
+            raise (
+                unknown("command", name, allowed)
+                if name
+                else UserError(f"say which: {', '.join(allowed)}")
+            )
+        if name in without_config:
+            if _CONFIG.value is not None:
+                raise UserError(f"{name} takes no --config")
+        elif _CONFIG.value is None:
             raise UserError("--config is missing; for example --config configs/digits_resnet20.py")
-        _reject_arguments(rest[2:] if isinstance(program, Mapping) else rest[1:])
-        return rest
+        _reject_arguments(rest)
+        return [argv[0], name]
 
     def run(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             # Orbax tells of every file it writes, and what it cannot do comes as an exception
             logging.set_verbosity(logging.FATAL)
-        (program[argv[1]] if isinstance(program, Mapping) else program)()
+        programs[argv[1]]()
 
     try:
         app.run(run, flags_parser=parse)

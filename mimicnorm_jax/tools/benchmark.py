@@ -1,5 +1,6 @@
-"""How fast a configuration's input is, how soon it starts, and what its checkpoints cost.
+"""How fast a configuration trains and reads, how soon it starts, what its checkpoints cost.
 
+python -m mimicnorm_jax.tools.benchmark step --config configs/cifar100_resnet18.py --batch=64
 python -m mimicnorm_jax.tools.benchmark input --config configs/cifar100_vgg16.py
 python -m mimicnorm_jax.tools.benchmark startup --config configs/digits_resnet20.py
 python -m mimicnorm_jax.tools.benchmark checkpoint --config configs/cifar10_folder_resnet20.py
@@ -25,16 +26,29 @@ from mimicnorm_jax import command_line
 from mimicnorm_jax.data.pipeline import Pipeline, prefetch
 from mimicnorm_jax.data.random_crop import uniforms
 from mimicnorm_jax.data.sources import EncodedSource
-from mimicnorm_jax.parallel import shard_batch
+from mimicnorm_jax.errors import refused_by_system
+from mimicnorm_jax.parallel import make_mesh, shard_batch
+from mimicnorm_jax.tools import benchmark_step
 from mimicnorm_jax.tools.benchmark_runs import checkpoint_cost, time_startup
+from mimicnorm_jax.tools.benchmark_step import compare, prepare
 from mimicnorm_jax.tools.report import JSON, check_output, write_json
+from mimicnorm_jax.tools.variants import parse_variants
 from mimicnorm_jax.train.progress import Throughput
-from mimicnorm_jax.train.setup import Experiment, set_up
+from mimicnorm_jax.train.setup import Experiment, configure_jax, set_up
 
-_SECONDS = flags.DEFINE_float("seconds", 3.0, "How long each stage is timed.", 0.01)
+_SECONDS = flags.DEFINE_float("seconds", 3.0, "How long each stage, or a turn, is timed.", 0.01)
 _STEPS = flags.DEFINE_integer("steps", 20, "Training steps to time; 0 leaves them out (input).", 0)
 
 _REPEATS = flags.DEFINE_integer("repeats", 3, "startup: starts with a warm cache.", 1)
+_METHODS = flags.DEFINE_list(
+    "methods",
+    ["batchnorm", "mimicnorm", "nonorm"],
+    "step: what to compare, as for tools.memory; ratios are to the first.",
+)
+_BATCH = flags.DEFINE_integer("batch", None, "step: examples in a step.", 1)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "step: how often each method gets its turn.", 1)
+_NUM_CLASSES = flags.DEFINE_integer("num-classes", None, "step: where the data do not tell.", 2)
+_PLOT = flags.DEFINE_string("plot", None, "step: where a picture goes; unset for none.")
 _PAIRS = flags.DEFINE_integer("pairs", 12, "checkpoint: pairs of segments of --steps steps.", 2)
 
 _EXAMPLES = 256  # that are read and decoded again and again
@@ -183,6 +197,47 @@ def _input() -> None:
     write_json(json.dumps(report, indent=2) + "\n")
 
 
+def _step() -> None:
+    check_output("json", JSON.value, (".json",))
+    check_output("plot", _PLOT.value, (".png", ".pdf", ".svg"))
+    config = command_line.config()
+    if _BATCH.value is not None:
+        config.batch_size = _BATCH.value
+    configure_jax(config)
+    variants = parse_variants(config, _METHODS.value)
+    mesh = make_mesh(config.num_devices)
+    device = mesh.devices.flat[0].device_kind
+    title = f"{config.network}, {config.data.image_size} pixels, {mesh.size} x {device}"
+    print(f"{title}\ncompiling {len(variants)} training steps …", flush=True)
+    timed = [prepare(variant, mesh, _NUM_CLASSES.value) for variant in variants]
+    speeds = compare(
+        [variant.label for variant in variants],
+        timed,
+        [variant.config.batch_size for variant in variants],
+        rounds=_ROUNDS.value,
+        seconds=_SECONDS.value,
+        device_kind=device,
+    )
+    print(benchmark_step.HEADER)
+    for speed in speeds:
+        print(benchmark_step.line(speed))
+    report = {
+        "config": command_line.config_path(),
+        "batch": config.batch_size,
+        "precision": variants[0].config.precision,
+        "cores": os.cpu_count(),
+        "device": device,
+        "num_devices": mesh.size,
+        "rounds": _ROUNDS.value,
+        "methods": [dataclasses.asdict(speed) for speed in speeds],
+    }
+    write_json(json.dumps(report, indent=2) + "\n")
+    if _PLOT.value:
+        with refused_by_system(f"--plot={_PLOT.value} cannot be written"):
+            benchmark_step.plot(speeds, pathlib.Path(_PLOT.value), title)
+        print(f"picture: {_PLOT.value}")
+
+
 def _startup() -> None:
     check_output("json", JSON.value, (".json",))
     arguments = [f"--config={command_line.config_path()}", *command_line.overrides()]
@@ -223,7 +278,9 @@ def _checkpoint_cost() -> None:
 
 def main() -> None:
     """Runs the program."""
-    command_line.run_program({"input": _input, "startup": _startup, "checkpoint": _checkpoint_cost})
+    programs = {"input": _input, "step": _step}
+    programs |= {"startup": _startup, "checkpoint": _checkpoint_cost}
+    command_line.run_program(programs)
 
 
 if __name__ == "__main__":

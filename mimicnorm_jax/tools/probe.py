@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mimicnorm_jax import command_line
-from mimicnorm_jax.config import method_of, validate
+from mimicnorm_jax.config import method_of
 from mimicnorm_jax.data.augment import normalize
 from mimicnorm_jax.data.pipeline import Pipeline
 from mimicnorm_jax.data.splits import open_splits
@@ -37,6 +37,7 @@ from mimicnorm_jax.precision import resolve_precision
 from mimicnorm_jax.theory import Layer, Probe
 from mimicnorm_jax.tools.probe_plot import plot
 from mimicnorm_jax.tools.report import JSON, check_output, write_json
+from mimicnorm_jax.tools.variants import check_options, with_method
 from mimicnorm_jax.train.checkpoint import Checkpoints
 from mimicnorm_jax.train.program import network_arguments
 from mimicnorm_jax.train.setup import configure_jax, images_of, set_up
@@ -110,7 +111,7 @@ def probe(
     Raises:
       UserError: whatever is wrong with the configuration, the data or the run.
     """
-    _check_options(config, methods)
+    check_options(config, methods)
     configure_jax(config)
     trained = None if checkpoint is None else _restore(config, checkpoint).evaluated_params
     train, _ = open_splits(config.data)
@@ -126,7 +127,7 @@ def probe(
     progress = tqdm(total=len(methods) * draws, desc="probing", disable=not sys.stderr.isatty())
     for name in methods:
         progress.set_postfix_str(name)
-        watched = Probe(method=method_of(_for_method(config, name)), seed=config.seed, **arguments)
+        watched = Probe(method=method_of(with_method(config, name)), seed=config.seed, **arguments)
         layers = []
         for draw in range(draws):
             if trained is not None:
@@ -139,31 +140,6 @@ def probe(
         rows[name] = [average(same) for same in zip(*layers, strict=True)]
     progress.close()
     return rows
-
-
-def _for_method(config: ConfigDict, method: str) -> ConfigDict:
-    """The configuration with another method, without the options that it does not have."""
-    config = ConfigDict(config)
-    for option in config.method_options:
-        if option not in _options_of(method):
-            config.method_options[option] = None
-    config.method = method
-    return config
-
-
-def _options_of(method: str) -> set[str]:
-    return {field.name for field in dataclasses.fields(METHODS[method])}
-
-
-def _check_options(config: ConfigDict, methods: Sequence[str]) -> None:
-    """Checks the configuration with each method; an option has to be one of some method."""
-    for option, value in config.method_options.items():
-        if value is not None and not any(option in _options_of(method) for method in methods):
-            raise UserError(
-                f"config.method_options.{option} does not apply to {' or '.join(methods)}"
-            )
-    for method in methods:
-        validate(_for_method(config, method))
 
 
 def _restore(config: ConfigDict, workdir: pathlib.Path) -> TrainState:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,16 @@ from mimicnorm_jax.train.gradient import in_micro_batches, whole_batch
 from mimicnorm_jax.train.state import Network, TrainState
 
 Metrics = dict[str, jax.Array]
-TrainStep = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+
+
+class TrainStep(Protocol):
+    """A jitted step of training: called, or lowered for devices that need not be there."""
+
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]: ...
+
+    def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered: ...
+
+
 EvalStep = Callable[[Any, Any, Any], Metrics]
 
 

@@ -1,0 +1,211 @@
+"""Memory of a training step by method, from the compiler: for devices that need not be here.
+
+python -m mimicnorm_jax.tools.memory --config configs/cifar100_resnet18.py --target=tpu:v5e:2x2
+python -m mimicnorm_jax.tools.memory --config configs/imagenet_resnet50.py --batch=64 \
+    --methods=batchnorm,mimicnorm,mimicnorm:activation_storage=int8
+python -m mimicnorm_jax.tools.memory table1   # the paper's tables, into results/memory
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+
+from absl import flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from mimicnorm_jax import command_line
+from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.tools.allocator import allocator_peak
+from mimicnorm_jax.tools.compiled import Row, analyse
+from mimicnorm_jax.tools.memory_plot import plot
+from mimicnorm_jax.tools.memory_tables import TABLES, write_table
+from mimicnorm_jax.tools.report import JSON, check_output, write_json
+from mimicnorm_jax.tools.targets import mesh_of
+from mimicnorm_jax.tools.variants import fitting_methods, parse_variants
+from mimicnorm_jax.train.setup import configure_jax
+
+_METHODS = flags.DEFINE_list(
+    "methods",
+    None,
+    "What to compare: methods, or plain (Flax's own layers with BatchNorm), each with fields to "
+    "set after colons, such as mimicnorm:remat=block. Default: batchnorm, mimicnorm, nonorm, and "
+    "fixup where it fits.",
+)
+_TARGET = flags.DEFINE_string("target", "cpu", "cpu, gpu, tpu, or a topology: tpu:v5e:2x2.")
+_BATCH = flags.DEFINE_integer("batch", None, "Examples in a step, over all devices.", 1)
+_NUM_CLASSES = flags.DEFINE_integer("num-classes", None, "Where the data set does not tell.", 2)
+_PLOT = flags.DEFINE_string("plot", None, "Where a picture goes; unset for none.")
+_MAX_BATCH = flags.DEFINE_bool("max-batch", False, "Find the largest batch that fits --hbm.")
+_HBM = flags.DEFINE_string("hbm", None, "Memory of a device, such as 16GiB.")
+_PROCESSES = flags.DEFINE_integer("processes", 1, "table: compilations at a time.", 1)
+
+DEFAULT_METHODS = ("batchnorm", "mimicnorm", "nonorm", "fixup")
+_UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as ``"16GiB"``.
+
+    Raises:
+      UserError: it is no such size.
+    """
+    match = re.fullmatch(rf"([\d.]+) ?({'|'.join(_UNITS)})", text)
+    try:
+        assert match
+        return round(float(match[1]) * _UNITS[match[2]])
+    except (AssertionError, ValueError):
+        raise UserError(f"--hbm={text!r} is no size such as 16GiB or 80GB") from None
+
+
+def largest_batch(
+    peak: Callable[[int], int], limit: int, *, multiple: int, start: int
+) -> tuple[int, int]:
+    """The largest batch that fits, and its peak.
+
+    Memory grows nearly in proportion, so a line through two points finds it in a few steps.
+
+    Args:
+      peak: bytes of a batch.
+      limit: bytes that there are.
+      multiple: what a batch is a multiple of.
+      start: the first guess.
+
+    Returns:
+      A multiple of ``multiple`` (0: not even that fits), and its peak.
+    """
+    fits: tuple[int, int] = (0, 0)
+    fails: int | None = None
+    guess = max(1, start // multiple)
+    while fails is None or fails - fits[0] > 1:
+        bytes_ = peak(guess * multiple)
+        if bytes_ <= limit:
+            slope = (bytes_ - fits[1]) / (guess - fits[0])
+            fits = (guess, bytes_)
+            step = int((limit - bytes_) / max(slope, 1))
+            # a little less than the line says: it is cheaper to come from below
+            ahead = max(1, int(0.98 * step)) if step > 8 else max(1, step)
+            guess = fits[0] + ahead
+            if fails is not None:
+                guess = min(guess, fails - 1)
+        else:
+            fails = guess
+            guess = (fits[0] + fails) // 2 if fits[0] else max(fails // 2, 1)
+            if fails == 1:
+                break
+    return fits[0] * multiple, fits[1]
+
+
+HEADER = (
+    f"{'method':<34}{'peak MiB':>10}{'of BN':>7}{'state':>8}{'activ.':>8}{'temp':>8}"
+    f"{'GFLOP':>9}{'GiB moved':>11}{'roofline':>10}"
+)
+
+
+def line(row: Row, baseline: Row | None) -> str:
+    """A row for people; ratios are to ``baseline``, and MiB of a device."""
+
+    def mib(count: float) -> str:
+        return f"{count / 2**20:.0f}"
+
+    ratio = "" if baseline is None else f"{row.peak_bytes / baseline.peak_bytes:.3f}"
+    moved = "" if row.bytes_accessed is None else f"{row.bytes_accessed / 2**30:.1f}"
+    time = "" if row.roofline_s is None else f"{1000 * row.roofline_s:.1f} ms"
+    return (
+        f"{row.method:<34}{mib(row.peak_bytes):>10}{ratio:>7}{mib(row.state_bytes):>8}"
+        f"{mib(row.activation_bytes):>8}{mib(row.temp_bytes):>8}{row.flops / 1e9:>9.0f}"
+        f"{moved:>11}{time:>10}"
+    )
+
+
+def report(
+    config: ConfigDict, methods: Sequence[str], target: str, mesh: Mesh, num_classes: int | None
+) -> Iterator[Row]:
+    """A row for each method, as it is compiled."""
+    variants = parse_variants(config, methods)
+    for variant in tqdm(variants, "compiling", disable=not sys.stderr.isatty()):
+        yield analyse(variant, target, mesh, num_classes)
+
+
+def _run() -> None:
+    config = command_line.config()
+    check_output("json", JSON.value, (".json",))
+    check_output("plot", _PLOT.value, (".png", ".pdf", ".svg"))
+    if _BATCH.value is not None:
+        config.batch_size = _BATCH.value
+    if _METHODS.value == []:
+        raise UserError("--methods= is empty; leave it out for the usual ones")
+    methods = _METHODS.value or fitting_methods(config, DEFAULT_METHODS)
+    if _MAX_BATCH.value != (_HBM.value is not None):
+        raise UserError("--max-batch and --hbm go together: --max-batch --hbm=16GiB")
+    hbm = parse_bytes(_HBM.value) if _HBM.value else 0
+    variants = parse_variants(config, methods)
+    configure_jax(config)
+    mesh = mesh_of(_TARGET.value, config.num_devices)
+    device = mesh.devices.flat[0].device_kind
+    print(f"{config.network}, {config.data.image_size} pixels, {mesh.size} x {device}", flush=True)
+    if hbm:
+        _print_largest(config, methods, mesh, hbm)
+        return
+    print(f"batch {config.batch_size}; compiling {len(variants)} steps …", flush=True)
+    print(HEADER, flush=True)
+    rows: list[Row] = []
+    for row in report(config, methods, _TARGET.value, mesh, _NUM_CLASSES.value):
+        rows.append(row)
+        baseline = next((r for r in rows if r.method == "batchnorm"), None)
+        print(line(row, baseline), flush=True)
+    records = [dataclasses.asdict(row) for row in rows]
+    if ":" not in _TARGET.value:
+        for record, variant in zip(records, variants, strict=True):
+            record["allocator_peak_bytes"] = peak = allocator_peak(
+                variant, mesh.size, _NUM_CLASSES.value
+            )
+            if peak is not None:
+                print(f"{variant.label}: the allocator's peak is {peak / 2**20:.0f} MiB")
+    write_json(json.dumps(records, indent=2) + "\n")
+    if _PLOT.value:
+        with refused_by_system(f"--plot={_PLOT.value} cannot be written"):
+            plot({f"{config.network}, batch {config.batch_size}": rows}, pathlib.Path(_PLOT.value))
+        print(f"picture: {_PLOT.value}")
+
+
+def _print_largest(config: ConfigDict, methods: Sequence[str], mesh: Mesh, hbm: int) -> None:
+    print(f"the largest batch in {_HBM.value} a device", flush=True)
+    found = []
+    for method in methods:
+
+        def peak(batch: int, method: str = method) -> int:
+            config.batch_size = batch
+            (variant,) = parse_variants(config, [method])
+            row = analyse(variant, _TARGET.value, mesh, _NUM_CLASSES.value)
+            print(f"  {method}, batch {batch}: {row.peak_bytes / 2**20:.0f} MiB", flush=True)
+            return row.peak_bytes
+
+        start = config.batch_size
+        (variant,) = parse_variants(config, [method])
+        multiple = mesh.size * 8 * variant.config.micro_batches
+        batch, bytes_ = largest_batch(peak, hbm, multiple=multiple, start=start)
+        config.batch_size = start
+        found.append({"method": method, "batch": batch, "peak_bytes": bytes_})
+        print(f"{method}: {batch or f'not even {multiple}'}", flush=True)
+    write_json(json.dumps(found, indent=2) + "\n")
+
+
+def _table(name: str) -> Callable[[], None]:
+    return lambda: write_table(name, processes=_PROCESSES.value)
+
+
+def main() -> None:
+    """Runs the program."""
+    tables = {name: _table(name) for name in TABLES}
+    command_line.run_program({"": _run} | tables, without_config=TABLES)
+
+
+if __name__ == "__main__":
+    main()
