@@ -11,7 +11,6 @@ examples nor on how the batch is spread over devices and micro-batches.
 
 from __future__ import annotations
 
-import functools
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -91,7 +90,8 @@ def _halves(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
     return codes[:half], jnp.pad(codes[half:], sides)
 
 
-def _unpack(stored: Stored, codec: Codec) -> jax.Array:
+def unpack(stored: Stored, codec: Codec) -> jax.Array:
+    """The codes ``(B, ...)``, one a byte."""
     if codec.bits == 8:
         return stored.codes
     both = jnp.concatenate([stored.codes & 0xF, stored.codes >> 4])
@@ -100,33 +100,9 @@ def _unpack(stored: Stored, codec: Codec) -> jax.Array:
 
 def decode(stored: Stored, codec: Codec, dtype: jnp.dtype) -> jax.Array:
     """The activations ``(B, ...)``, but for the rounding that ``Codec`` describes."""
-    codes = _unpack(stored, codec).astype(stored.step.dtype)
+    codes = unpack(stored, codec).astype(stored.step.dtype)
     if codec.rectified:
         values = jnp.maximum(codes - 0.5, 0.0)
     else:
         values = codes - jnp.where(codes > codec.largest, 2.0**codec.bits, 0.0)
     return (values * stored.step).astype(dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def relu(x: jax.Array, bits: int) -> jax.Array:
-    """ReLU that keeps codes of its output, which the next convolution may share.
-
-    Args:
-      x: ``(B, ...)``.
-      bits: of a code, 8 or 4.
-    """
-    return jax.nn.relu(x)
-
-
-def _relu_forward(x: jax.Array, bits: int) -> tuple[jax.Array, Stored]:
-    y = jax.nn.relu(x)
-    return y, encode(y, Codec(bits, rectified=True))
-
-
-def _relu_backward(bits: int, stored: Stored, gradient: jax.Array) -> tuple[jax.Array]:
-    positive = _unpack(stored, Codec(bits, rectified=True)) > 0
-    return (jnp.where(positive, gradient, jnp.zeros((), gradient.dtype)),)
-
-
-relu.defvjp(_relu_forward, _relu_backward)

@@ -94,19 +94,37 @@ def _forward(x: jax.Array, pool: Window, extents: tuple[int, ...]) -> tuple[jax.
 def _backward(
     pool: Window, extents: tuple[int, ...], position: jax.Array, gradient: jax.Array
 ) -> tuple[jax.Array]:
+    """Sums, for each of the stride's phases, what the windows over such a place say.
+
+    A phase is every stride-th row and column of the padded input. All sums are over arrays as
+    small as the output; only their interleaving is as large as the input.
+    """
     zero = jnp.zeros((), gradient.dtype)
+    reach = [-(-(extent + pool.padding) // pool.stride) for extent in extents]  # phases' extents
 
-    def part(index: int) -> jax.Array:
-        """The gradients of one position in the window, at their places in the input."""
-        sides = []
-        for axis, start in enumerate(divmod(index, pool.window)):
-            low = start - pool.padding  # negative where lax.pad cuts off what was padding
-            length = (gradient.shape[1 + axis] - 1) * pool.stride + 1
-            sides.append((low, extents[axis] - low - length, pool.stride - 1))
-        here = jnp.where(position == index, gradient, zero)
-        return lax.pad(here, zero, [(0, 0, 0), *sides, (0, 0, 0)])
+    def said(row: int, column: int) -> jax.Array:
+        """The gradients of one position in the window, where that stands in its phase."""
+        here = jnp.where(position == row * pool.window + column, gradient, zero)
+        sides = [(0, 0, 0)]
+        for axis, offset in ((0, row), (1, column)):
+            low = offset // pool.stride
+            sides.append((low, reach[axis] - low - gradient.shape[1 + axis], 0))
+        return lax.pad(here, zero, [*sides, (0, 0, 0)])
 
-    return (functools.reduce(jnp.add, map(part, range(pool.window**2))),)
+    def phase(top: int, left: int) -> jax.Array:
+        rows, columns = (range(start, pool.window, pool.stride) for start in (top, left))
+        parts = [said(row, column) for row in rows for column in columns]
+        if not parts:  # where windows leave gaps
+            return jnp.zeros((len(gradient), *reach, gradient.shape[-1]), gradient.dtype)
+        return functools.reduce(jnp.add, parts)
+
+    steps = range(pool.stride)
+    lines = [jnp.stack([phase(top, left) for left in steps], axis=3) for top in steps]
+    whole = jnp.stack(lines, axis=2)  # (B, H / s, s, W / s, s, C)
+    height, width = (extent * pool.stride for extent in reach)
+    whole = whole.reshape(len(gradient), height, width, gradient.shape[-1])
+    first = pool.padding
+    return (whole[:, first : first + extents[0], first : first + extents[1]],)
 
 
 _max_pool.defvjp(_forward, _backward)

@@ -10,8 +10,8 @@ import os
 import pathlib
 import runpy
 import sys
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -20,13 +20,12 @@ from mimicnorm_jax.errors import UserError, refused_by_system
 from mimicnorm_jax.tools.compiled import Row, analyse
 from mimicnorm_jax.tools.memory_plot import plot
 from mimicnorm_jax.tools.targets import mesh_of
-from mimicnorm_jax.tools.variants import parse_variants
+from mimicnorm_jax.tools.variants import PLAIN, parse_variants
 
 CONFIGS = pathlib.Path("configs")
 RESULTS = pathlib.Path("results", "memory")
 TPU = "tpu:v5e:2x2"
-# The batch sizes of the paper's memory columns; a single device.
-_EVERYWHERE = ("batchnorm", "mimicnorm", "nonorm", "plain")
+_MAIN = ("batchnorm", "mimicnorm", "nonorm")
 
 
 class Entry(NamedTuple):
@@ -41,7 +40,7 @@ class Entry(NamedTuple):
 
     config: str
     paper: dict[str, int]
-    batch: int = 256
+    batch: int = 256  # that of the paper's memory column, on one device
     more: tuple[str, ...] = ()
 
 
@@ -93,21 +92,27 @@ class Job(NamedTuple):
 
 
 def jobs_of(table: str) -> list[Job]:
-    """What is compiled for a table, in its order."""
+    """What is compiled for a table, the most telling first."""
     entries = TABLES[table]
-    jobs = [Job(e.config, e.batch, m, "cpu") for e in entries for m in _EVERYWHERE]
-    jobs += [Job(e.config, e.batch, m, TPU) for e in entries for m in _EVERYWHERE]
-    return jobs + [Job(e.config, e.batch, m, TPU) for e in entries for m in e.more]
+    jobs = [Job(e.config, e.batch, m, "cpu") for e in entries for m in (*_MAIN, PLAIN)]
+    jobs += [Job(e.config, e.batch, m, TPU) for e in entries for m in _MAIN]
+    jobs += [Job(e.config, e.batch, m, TPU) for e in entries for m in e.more]
+    return jobs + [Job(e.config, e.batch, PLAIN, TPU) for e in entries]
 
 
-def compile_job(job: Job) -> Row:
-    """The row of a job, compiled for one device: bfloat16 for ImageNet on a TPU, else float32."""
+def compile_job(job: Job, known: dict[str, dict[str, Any]]) -> Row:
+    """The row of a job, compiled for one device: bfloat16 for ImageNet on a TPU, else float32.
+
+    Args:
+      job: what to compile.
+      known: rows that need not be compiled again.
+    """
     config = _load(job.config)
     config.batch_size = job.batch
     on_tpu = job.target != "cpu" and job.config.startswith("imagenet")
     config.precision = "bfloat16" if on_tpu else "float32"
     (variant,) = parse_variants(config, [job.method])
-    return analyse(variant, job.target, mesh_of(job.target, 1))
+    return analyse(variant, job.target, mesh_of(job.target, 1), known=known)
 
 
 def _load(name: str) -> ConfigDict:
@@ -117,21 +122,27 @@ def _load(name: str) -> ConfigDict:
     return runpy.run_path(str(path))["get_config"]()
 
 
-def _compile_all(jobs: Sequence[Job], processes: int) -> Iterable[Row]:
+def _compile_all(
+    jobs: Sequence[Job], known: dict[str, dict[str, Any]], processes: int
+) -> Iterator[tuple[Job, Row]]:
+    """Rows as they come to be done."""
     if processes == 1:
-        yield from map(compile_job, jobs)
+        yield from ((job, compile_job(job, known)) for job in jobs)
         return
     # of these processes none uses a TPU
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(processes, mp_context=spawn) as pool:
-        yield from pool.map(compile_job, jobs)
+        waiting = {pool.submit(compile_job, job, known): job for job in jobs}
+        for done in concurrent.futures.as_completed(waiting):
+            yield waiting[done], done.result()
 
 
 def write_table(table: str, *, processes: int) -> None:
-    """Compiles a table and writes ``results/memory/<table>.{json,png,md}``.
+    """Compiles a table and writes ``results/memory/<table>.{json,png,md}`` after every row.
 
-    What has been compiled before is remembered, so that an interrupted table goes on.
+    What has been compiled before, here or by who wrote that file, is remembered, so that an
+    interrupted table goes on.
 
     Args:
       table: a name in ``TABLES``.
@@ -139,55 +150,68 @@ def write_table(table: str, *, processes: int) -> None:
     """
     with refused_by_system(f"{RESULTS} cannot be written"):
         RESULTS.mkdir(parents=True, exist_ok=True)
-    jobs, rows = jobs_of(table), []
+    path = RESULTS / f"{table}.json"
+    known = {}
+    if path.is_file():
+        for record in json.loads(path.read_text()):
+            del record["config"]
+            known[record["program"]] = record
+    jobs, rows = jobs_of(table), {}
     progress = tqdm(total=len(jobs), desc=table, unit="step")
-    for job, row in zip(jobs, _compile_all(jobs, processes), strict=True):
-        rows.append(row)
+    for job, row in _compile_all(jobs, known, processes):
+        rows[job] = row
         progress.set_postfix_str(f"{job.config} {job.method} {job.target}")
         progress.update()
+        _write(table, {job: rows[job] for job in jobs if job in rows}, path)
     progress.close()
-    records = [
-        {"config": job.config, **dataclasses.asdict(row)}
-        for job, row in zip(jobs, rows, strict=True)
-    ]
-    (RESULTS / f"{table}.json").write_text(json.dumps(records, indent=1) + "\n")
-    by_job = dict(zip(jobs, rows, strict=True))
-    (RESULTS / f"{table}.md").write_text(as_markdown(table, by_job))
+    print(f"{RESULTS}/{table}.json, .md, .png", file=sys.stderr)
+
+
+def _write(table: str, rows: dict[Job, Row], path: pathlib.Path) -> None:
+    records = [{"config": job.config, **dataclasses.asdict(row)} for job, row in rows.items()]
+    path.write_text(json.dumps(records, indent=1) + "\n")
+    path.with_suffix(".md").write_text(as_markdown(table, rows))
     groups = {}
     for entry in TABLES[table]:
-        shown = [r for j, r in by_job.items() if j.config == entry.config and j.target == TPU]
         title = entry.config.replace("_", "\n", 1) + f"\nbatch {entry.batch}"
-        groups[title] = shown
-    plot(groups, RESULTS / f"{table}.png")
-    print(f"{RESULTS}/{table}.json, .md, .png", file=sys.stderr)
+        groups[title] = [
+            row for job, row in rows.items() if job.config == entry.config and job.target == TPU
+        ]
+    groups = {title: of_one for title, of_one in groups.items() if of_one}
+    if groups:
+        plot(groups, path.with_suffix(".png"))
+
+
+_HEAD = (
+    "| network, batch | BatchNorm, MiB | MimicNorm, MiB | none, MiB | plain Flax, MiB | saved "
+    "| none saves | the paper's saving |\n|" + " --- |" * 8
+)
 
 
 def as_markdown(table: str, rows: dict[Job, Row]) -> str:
     """The table with the paper's column, for each target; and what else was compiled."""
     lines = []
     for target in (TPU, "cpu"):
-        lines += [
-            f"Compiled for {target}, one device:",
-            "",
-            "| network, batch | BatchNorm, MiB | MimicNorm, MiB | none, MiB | saved | none saves "
-            "| the paper's saving | plain Flax, MiB |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        ]
+        lines += [f"Compiled for {target}, one device:", "", _HEAD]
         for entry in TABLES[table]:
             peak = {
-                method: rows[Job(entry.config, entry.batch, method, target)].peak_bytes
-                for method in _EVERYWHERE
+                job.method: row.peak_bytes
+                for job, row in rows.items()
+                if job.config == entry.config and job.target == target
             }
-            saved = {m: 1 - peak[m] / peak["batchnorm"] for m in ("mimicnorm", "nonorm")}
+            if "batchnorm" not in peak:
+                continue
             papers = 1 - entry.paper["mimicnorm"] / entry.paper["batchnorm"]
             cells = [f"{entry.config}, {entry.batch}"]
-            cells += [f"{peak[m] / 2**20:,.0f}" for m in ("batchnorm", "mimicnorm", "nonorm")]
-            cells += [f"{100 * saved[m]:.1f} %" for m in ("mimicnorm", "nonorm")]
-            cells += [f"{100 * papers:.1f} %", f"{peak['plain'] / 2**20:,.0f}"]
-            lines.append("| " + " | ".join(cells) + " |")
+            cells += [f"{peak[m] / 2**20:,.0f}" if m in peak else "" for m in (*_MAIN, PLAIN)]
+            cells += [
+                f"{100 * (1 - peak[m] / peak['batchnorm']):.1f} %" if m in peak else ""
+                for m in _MAIN[1:]
+            ]
+            lines.append("| " + " | ".join([*cells, f"{100 * papers:.1f} %"]) + " |")
         lines.append("")
     for entry in TABLES[table]:
-        if entry.more:
+        if any(job.config == entry.config and job.method in entry.more for job in rows):
             lines += _more(entry, rows)
     return "\n".join(lines)
 
@@ -199,13 +223,13 @@ def _more(entry: Entry, rows: dict[Job, Row]) -> list[str]:
         "| method | peak, MiB | of BatchNorm's | GFLOP | GiB moved | roofline, ms |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    baseline = rows[Job(entry.config, entry.batch, "batchnorm", TPU)]
+    baseline = rows.get(Job(entry.config, entry.batch, "batchnorm", TPU))
     for job, row in rows.items():
         if job.config != entry.config or job.target != TPU:
             continue
         moved = "" if row.bytes_accessed is None else f"{row.bytes_accessed / 2**30:.1f}"
         time = "" if row.roofline_s is None else f"{1000 * row.roofline_s:.0f}"
-        cells = [row.method, f"{row.peak_bytes / 2**20:,.0f}"]
-        cells += [f"{row.peak_bytes / baseline.peak_bytes:.3f}", f"{row.flops / 1e9:,.0f}"]
+        ratio = "" if baseline is None else f"{row.peak_bytes / baseline.peak_bytes:.3f}"
+        cells = [row.method, f"{row.peak_bytes / 2**20:,.0f}", ratio, f"{row.flops / 1e9:,.0f}"]
         lines.append("| " + " | ".join([*cells, moved, time]) + " |")
     return [*lines, ""]

@@ -78,7 +78,7 @@ def _keep_compiled_programs(folder: str) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def _silence_false_alarms(mesh: Mesh) -> None:
+def silence_false_alarms(mesh: Mesh) -> None:
     """On some processors XLA calls its own CPU programs from the cache unfit, at great length.
 
     It compares the features of the processor with a list to which it adds preferences of its
@@ -161,7 +161,7 @@ def set_up(config: ConfigDict) -> Experiment:
     validate(config)
     configure_jax(config)
     mesh = make_mesh(config.num_devices)
-    _silence_false_alarms(mesh)
+    silence_false_alarms(mesh)
     train, test = open_splits(config.data)
     program = make_program(config, images_of(config, train), mesh)
     train_data, test_data = pipelines(config, train, test)
