@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mimicnorm_jax.layers.order import after
-from mimicnorm_jax.layers.storage import Codec, Stored, decode, encode
+from mimicnorm_jax.layers.storage import Codec, Stored, decode, encode, rounded
 from mimicnorm_jax.layers.varying import as_varying, axes_of
 
 
@@ -56,7 +56,8 @@ def convolve(
     return _convolve(x, kernel, offset, geometry, codec)
 
 
-Kept = tuple[jax.Array | Stored, jax.Array, jax.Array | None]
+# the input (whole, or rounded, or encoded), the kernel, the offset
+Kept = tuple[jax.Array | Stored, jax.Array | None, jax.Array, jax.Array | None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -78,19 +79,31 @@ def _forward(
     codec: Codec | None,
 ) -> tuple[jax.Array, Kept]:
     y = _compute(x if offset is None else x + offset, kernel, geometry)
-    return y, (x if codec is None else encode(x, codec), kernel, offset)
+    if codec is not None:
+        return y, (encode(x, codec), None, kernel, offset)
+    # Of what it is given here, a backend keeps only what its own backward pass takes.
+    return y, (x, rounded(x) if geometry.precision is None else None, kernel, offset)
 
 
 def _backward(
     geometry: Geometry, codec: Codec | None, kept: Kept, gradient: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    x, kernel, offset = kept
+    x, narrow, kernel, offset = kept
     if isinstance(x, Stored):
         assert codec is not None
         x = decode(Stored(after(x.codes, gradient), x.step), codec, kernel.dtype)
-    else:
-        # XLA's CPU backend would transpose the input in the forward pass, and keep it twice.
+    elif narrow is None:
         x = lax.platform_dependent(x, gradient, cpu=after, default=lambda x, gradient: x)
+    else:
+        x = lax.platform_dependent(
+            x,
+            narrow,
+            gradient,
+            # XLA's CPU backend would transpose the input in the forward pass, and keep it twice.
+            cpu=lambda x, narrow, gradient: after(x, gradient),
+            tpu=lambda x, narrow, gradient: narrow.astype(x.dtype),
+            default=lambda x, narrow, gradient: x,
+        )
     x = x if offset is None else x + offset
     # linear in either operand, so each gradient needs only the other
     _, transpose = jax.vjp(lambda x, kernel: _compute(x, kernel, geometry), x, kernel)

@@ -1,52 +1,53 @@
-"""ReLU whose backward pass needs its output only, which the next layer keeps anyway."""
+"""ReLU whose backward pass needs its output only, as the next layer keeps that anyway."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from mimicnorm_jax.layers.storage import Codec, Stored, encode, unpack
+from mimicnorm_jax.layers.storage import Codec, Stored, encode, rounded, unpack
 
 
-@jax.custom_jvp
-def relu(x: jax.Array) -> jax.Array:
-    """``max(x, 0)``.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def relu(x: jax.Array, bits: int | None = None) -> jax.Array:
+    """``max(x, 0)``, with a derivative of its own, for reverse mode.
 
-    The derivative of ``jax.nn.relu`` asks for the sign of its input, and XLA's CPU backend then
-    keeps input and output of every ReLU.
+    The derivative of ``jax.nn.relu`` asks for the sign of its input, for which XLA may keep more
+    than the output.
+
+    Args:
+      x: ``(B, ...)``.
+      bits: of the codes that are kept of the output, and shared with the next convolution: 8 or 4;
+        None: the output is kept as it is.
     """
     return jnp.maximum(x, jnp.zeros((), x.dtype))
 
 
-@relu.defjvp
-def _relu_derivative(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    y = relu(*primals)
-    (tangent,) = tangents
-    return y, jnp.where(y > 0, tangent, jnp.zeros((), tangent.dtype))
+Kept = tuple[jax.Array | Stored, jax.Array | None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def encoded_relu(x: jax.Array, bits: int) -> jax.Array:
-    """ReLU that keeps codes of its output, which the next convolution shares.
-
-    Args:
-      x: ``(B, ...)``.
-      bits: of a code, 8 or 4.
-    """
-    return relu(x)
-
-
-def _forward(x: jax.Array, bits: int) -> tuple[jax.Array, Stored]:
+def _forward(x: jax.Array, bits: int | None) -> tuple[jax.Array, Kept]:
     y = relu(x)
-    return y, encode(y, Codec(bits, rectified=True))
+    if bits is not None:
+        return y, (encode(y, Codec(bits, rectified=True)), None)
+    return y, (y, rounded(y))
 
 
-def _backward(bits: int, stored: Stored, gradient: jax.Array) -> tuple[jax.Array]:
-    positive = unpack(stored, Codec(bits, rectified=True)) > 0
+def _backward(bits: int | None, kept: Kept, gradient: jax.Array) -> tuple[jax.Array]:
+    y, narrow = kept
+    if isinstance(y, Stored):
+        assert bits is not None
+        positive = unpack(y, Codec(bits, rectified=True)) > 0
+    elif narrow is None:
+        positive = y > 0
+    else:
+        positive = lax.platform_dependent(
+            y, narrow, tpu=lambda y, narrow: narrow > 0, default=lambda y, narrow: y > 0
+        )
     return (jnp.where(positive, gradient, jnp.zeros((), gradient.dtype)),)
 
 
-encoded_relu.defvjp(_forward, _backward)
+relu.defvjp(_forward, _backward)

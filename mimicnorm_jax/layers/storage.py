@@ -106,3 +106,15 @@ def decode(stored: Stored, codec: Codec, dtype: jnp.dtype) -> jax.Array:
     else:
         values = codes - jnp.where(codes > codec.largest, 2.0**codec.bits, 0.0)
     return (values * stored.step).astype(dtype)
+
+
+def rounded(x: jax.Array) -> jax.Array | None:
+    """What a TPU's convolution takes of a float32 input at the default precision: bfloat16.
+
+    To keep that is exact there, and takes half of the memory. None for other types, and where
+    another precision was asked for.
+    """
+    default = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    if x.dtype != jnp.float32 or default not in (None, "default", "bfloat16"):
+        return None
+    return lax.optimization_barrier(x.astype(jnp.bfloat16))
