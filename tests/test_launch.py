@@ -131,6 +131,21 @@ def test_slurm_starts_one_process_on_each_machine():
     assert "--stopped-exit-code=75" in command and "code == 75" in text
 
 
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
+def test_the_gpu_benchmark_says_that_there_is_no_gpu(tmp_path):
+    done = subprocess.run(
+        ["bash", "launch/gpu_benchmark.sh"],
+        cwd=ROOT,
+        env=os.environ | {"OUT": str(tmp_path / "out")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: no NVIDIA GPU is found") and not done.stdout
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture
 def environment(tmp_path):
     """What ``launch/environment.sh`` takes for an environment with everything installed."""

@@ -37,81 +37,100 @@ def convolve(
     kernel: jax.Array,
     geometry: Geometry,
     *,
+    scale: jax.Array | None = None,
     offset: jax.Array | None = None,
     codec: Codec | None = None,
 ) -> jax.Array:
     """Convolves ``(B, *spatial, in)`` with ``(*window, in / groups, out)``.
 
-    It has a derivative of its own, for reverse mode (``jax.grad``, ``jax.vjp``).
+    It has a derivative of its own, for reverse mode (``jax.grad``, ``jax.vjp``), for which it
+    keeps the input and the kernel as they are given: no product with the scale, no cast.
 
     Args:
-      x: the input.
-      kernel: the kernel, of the input's type.
+      x: the input, whose type is that of the computation and of the result.
+      kernel: the kernel, of any floating-point type.
       geometry: strides, padding and the like.
+      scale: a scalar that multiplies the kernel.
       offset: a scalar that is added to the input before it is padded.
       codec: how the input is kept for the backward pass; None: as it is.
     """
     # A custom derivative does not sum over the devices what they share; a cast does.
-    kernel, offset = as_varying((kernel, offset), axes_of(x))
-    return _convolve(x, kernel, offset, geometry, codec)
+    shared = as_varying(_Shared(kernel, scale, offset), axes_of(x))
+    return _convolve(x, shared, geometry, codec)
 
 
-# the input (whole, or rounded, or encoded), the kernel, the offset
-Kept = tuple[jax.Array | Stored, jax.Array | None, jax.Array, jax.Array | None]
+class _Shared(NamedTuple):
+    """What is the same for all examples."""
+
+    kernel: jax.Array
+    scale: jax.Array | None
+    offset: jax.Array | None
+
+    def operands(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Both operands of the convolution."""
+        kernel = self.kernel if self.scale is None else self.kernel * self.scale
+        x = x if self.offset is None else x + self.offset.astype(x.dtype)
+        return x, kernel.astype(x.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _convolve(
-    x: jax.Array,
-    kernel: jax.Array,
-    offset: jax.Array | None,
-    geometry: Geometry,
-    codec: Codec | None,
-) -> jax.Array:
-    return _compute(x if offset is None else x + offset, kernel, geometry)
+# the input (whole, or rounded, or encoded), and what is shared
+_Kept = tuple[jax.Array | Stored, jax.Array | None, _Shared]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(x: jax.Array, shared: _Shared, geometry: Geometry, codec: Codec | None) -> jax.Array:
+    return _convolve_shared(x, shared, geometry)
 
 
 def _forward(
-    x: jax.Array,
-    kernel: jax.Array,
-    offset: jax.Array | None,
-    geometry: Geometry,
-    codec: Codec | None,
-) -> tuple[jax.Array, Kept]:
-    y = _compute(x if offset is None else x + offset, kernel, geometry)
+    x: jax.Array, shared: _Shared, geometry: Geometry, codec: Codec | None
+) -> tuple[jax.Array, _Kept]:
+    y = _convolve_shared(x, shared, geometry)
     if codec is not None:
-        return y, (encode(x, codec), None, kernel, offset)
+        return y, (encode(x, codec), None, shared)
     # Of what it is given here, a backend keeps only what its own backward pass takes.
-    return y, (x, rounded(x) if geometry.precision is None else None, kernel, offset)
+    return y, (x, rounded(x) if geometry.precision is None else None, shared)
 
 
 def _backward(
-    geometry: Geometry, codec: Codec | None, kept: Kept, gradient: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    x, narrow, kernel, offset = kept
+    geometry: Geometry, codec: Codec | None, kept: _Kept, gradient: jax.Array
+) -> tuple[jax.Array, _Shared]:
+    x, narrow, shared = kept
     if isinstance(x, Stored):
         assert codec is not None
-        x = decode(Stored(after(x.codes, gradient), x.step), codec, kernel.dtype)
+        x = decode(Stored(after(x.codes, gradient), x.step), codec, gradient.dtype)
     elif narrow is None:
-        x = lax.platform_dependent(x, gradient, cpu=after, default=lambda x, gradient: x)
+        x = _late_on_cpu(x, gradient)
     else:
         x = lax.platform_dependent(
             x,
             narrow,
             gradient,
-            # XLA's CPU backend would transpose the input in the forward pass, and keep it twice.
             cpu=lambda x, narrow, gradient: after(x, gradient),
             tpu=lambda x, narrow, gradient: narrow.astype(x.dtype),
             default=lambda x, narrow, gradient: x,
         )
-    x = x if offset is None else x + offset
+    if shared.scale is not None:
+        shared = shared._replace(kernel=_late_on_cpu(shared.kernel, gradient))
     # linear in either operand, so each gradient needs only the other
-    _, transpose = jax.vjp(lambda x, kernel: _compute(x, kernel, geometry), x, kernel)
-    to_input, to_kernel = transpose(gradient)
-    return to_input, to_kernel, None if offset is None else to_input.sum().astype(offset.dtype)
+    _, transpose = jax.vjp(lambda x, shared: _convolve_shared(x, shared, geometry), x, shared)
+    return transpose(gradient)
 
 
 _convolve.defvjp(_forward, _backward)
+
+
+def _late_on_cpu(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """``x``, of which nothing is made before ``gradient`` is there.
+
+    XLA's CPU backend would transpose the input in the forward pass, and keep it twice.
+    """
+    return lax.platform_dependent(x, gradient, cpu=after, default=lambda x, gradient: x)
+
+
+def _convolve_shared(x: jax.Array, shared: _Shared, geometry: Geometry) -> jax.Array:
+    x, kernel = shared.operands(x)
+    return _compute(x, kernel, geometry)
 
 
 def _compute(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:

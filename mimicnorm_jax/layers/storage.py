@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mimicnorm_jax.layers.order import materialized
+
 ActivationStorage = Literal["full", "int8", "int4"]
 STORAGES: tuple[str, ...] = get_args(ActivationStorage)
 
@@ -80,7 +82,7 @@ def encode(x: jax.Array, codec: Codec) -> Stored:
         low, high = _halves(codes)
         codes = low | (high << 4)
     # Else the compiler may keep the activation after all, and encode it again when it is needed.
-    return Stored(*lax.optimization_barrier((codes, step)))
+    return Stored(materialized(codes, step), step)
 
 
 def _halves(codes: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -128,12 +128,15 @@ class ScaledKernel(nnx.Module):
         )
         self.scale = None if scale is None else nnx.Param(jnp.asarray(scale, param_dtype))
 
-    def effective_kernel(self) -> jax.Array:
-        """The kernel that meets the input: ``scale * center(kernel)`` where centred."""
+    def unscaled_kernel(self) -> jax.Array:
+        """The kernel, centred where it is to be, in at least float32."""
         kernel = self.kernel[...]
         kernel = kernel.astype(at_least_float32(kernel.dtype))
-        if self.weight_mean == "reparameterized":
-            kernel = center_kernel(kernel)
+        return center_kernel(kernel) if self.weight_mean == "reparameterized" else kernel
+
+    def effective_kernel(self) -> jax.Array:
+        """The kernel that meets the input: ``scale * center(kernel)`` where centred."""
+        kernel = self.unscaled_kernel()
         return kernel if self.scale is None else kernel * self.scale[...]
 
     def effective_bias(self) -> jax.Array | None:
@@ -142,16 +145,15 @@ class ScaledKernel(nnx.Module):
             return None if self.bias is None else self.bias[...]
         return self.bias[...] * self.scale[...]
 
-    def _operands(
-        self, inputs: jax.Array, dtype: DTypeLike | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        kernel, bias = self.effective_kernel(), self.effective_bias()
-        compute = jnp.result_type(inputs, kernel) if dtype is None else dtype
-        return (
-            inputs.astype(compute),
-            kernel.astype(compute),
-            None if bias is None else bias.astype(compute),
-        )
+    def _computed_in(self, inputs: jax.Array, dtype: DTypeLike | None) -> jnp.dtype:
+        return jnp.result_type(inputs, self.kernel[...]) if dtype is None else jnp.dtype(dtype)
+
+    def _with_bias(self, outputs: jax.Array) -> jax.Array:
+        bias = self.effective_bias()
+        if bias is None:
+            return outputs
+        shape = (1,) * (outputs.ndim - 1) + (-1,)
+        return outputs + bias.astype(outputs.dtype).reshape(shape)
 
 
 def _per_axis(value: Any, axes: int) -> tuple[Any, ...]:
@@ -256,9 +258,6 @@ class ScaledConv(ScaledKernel):
                 f"expected an input of {axes} spatial axes (B, ..., {self.in_features}), "
                 f"got shape {inputs.shape}"
             )
-        inputs, kernel, bias = self._operands(inputs, self.dtype)
-        if offset is not None:
-            offset = offset.astype(inputs.dtype)
         geometry = Geometry(
             self.strides,
             self.padding,
@@ -266,8 +265,15 @@ class ScaledConv(ScaledKernel):
             self.feature_group_count,
             self.precision,
         )
-        outputs = convolve(inputs, kernel, geometry, offset=offset, codec=self.codec)
-        return outputs if bias is None else outputs + bias.reshape((1,) * (axes + 1) + (-1,))
+        outputs = convolve(
+            inputs.astype(self._computed_in(inputs, self.dtype)),
+            self.unscaled_kernel(),
+            geometry,
+            scale=None if self.scale is None else self.scale[...],
+            offset=offset,
+            codec=self.codec,
+        )
+        return self._with_bias(outputs)
 
 
 class ScaledDense(ScaledKernel):
@@ -310,11 +316,9 @@ class ScaledDense(ScaledKernel):
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Maps ``(..., in_features)`` to ``(..., out_features)``."""
-        inputs, kernel, bias = self._operands(inputs, self.dtype)
-        outputs = jnp.matmul(inputs, kernel, precision=self.precision)
-        return (
-            outputs if bias is None else outputs + bias.reshape((1,) * (outputs.ndim - 1) + (-1,))
-        )
+        dtype = self._computed_in(inputs, self.dtype)
+        kernel = self.effective_kernel().astype(dtype)
+        return self._with_bias(jnp.matmul(inputs.astype(dtype), kernel, precision=self.precision))
 
 
 def _check_weight_mean(weight_mean: str) -> None:

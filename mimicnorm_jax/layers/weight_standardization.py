@@ -33,7 +33,7 @@ def standardize_kernel(kernel: jax.Array, epsilon: float = 1e-5) -> jax.Array:
 class WeightStandardizedConv(ScaledConv):
     """Convolution with a standardized kernel; arguments as for ``ScaledConv``."""
 
-    def effective_kernel(self) -> jax.Array:
+    def unscaled_kernel(self) -> jax.Array:
         """The standardized kernel."""
         return standardize_kernel(self.kernel[...])
 
@@ -41,6 +41,6 @@ class WeightStandardizedConv(ScaledConv):
 class WeightStandardizedDense(ScaledDense):
     """Dense layer with a standardized kernel; arguments as for ``ScaledDense``."""
 
-    def effective_kernel(self) -> jax.Array:
+    def unscaled_kernel(self) -> jax.Array:
         """The standardized kernel."""
         return standardize_kernel(self.kernel[...])

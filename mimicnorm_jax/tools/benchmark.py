@@ -16,11 +16,13 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 
 from mimicnorm_jax import command_line
 from mimicnorm_jax.data.pipeline import Pipeline, prefetch
@@ -28,13 +30,14 @@ from mimicnorm_jax.data.random_crop import uniforms
 from mimicnorm_jax.data.sources import EncodedSource
 from mimicnorm_jax.errors import refused_by_system
 from mimicnorm_jax.parallel import make_mesh, shard_batch
-from mimicnorm_jax.tools import benchmark_step
+from mimicnorm_jax.precision import resolve_precision
+from mimicnorm_jax.tools import benchmark_step, torch_networks
 from mimicnorm_jax.tools.benchmark_runs import checkpoint_cost, time_startup
-from mimicnorm_jax.tools.benchmark_step import compare, prepare
+from mimicnorm_jax.tools.benchmark_step import Speed, Timed, compare, prepare
 from mimicnorm_jax.tools.report import JSON, check_output, write_json
-from mimicnorm_jax.tools.variants import parse_variants
+from mimicnorm_jax.tools.variants import Variant, parse_variants
 from mimicnorm_jax.train.progress import Throughput
-from mimicnorm_jax.train.setup import Experiment, configure_jax, set_up
+from mimicnorm_jax.train.setup import Experiment, configure_jax, set_up, silence_false_alarms
 
 _SECONDS = flags.DEFINE_float("seconds", 3.0, "How long each stage, or a turn, is timed.", 0.01)
 _STEPS = flags.DEFINE_integer("steps", 20, "Training steps to time; 0 leaves them out (input).", 0)
@@ -43,7 +46,8 @@ _REPEATS = flags.DEFINE_integer("repeats", 3, "startup: starts with a warm cache
 _METHODS = flags.DEFINE_list(
     "methods",
     ["batchnorm", "mimicnorm", "nonorm"],
-    "step: what to compare, as for tools.memory; ratios are to the first.",
+    "step: what to compare, as for tools.memory; ratios are to the first. torch:batchnorm and "
+    "torch:nonorm are the same in PyTorch, if that is installed.",
 )
 _BATCH = flags.DEFINE_integer("batch", None, "step: examples in a step.", 1)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "step: how often each method gets its turn.", 1)
@@ -197,6 +201,27 @@ def _input() -> None:
     write_json(json.dumps(report, indent=2) + "\n")
 
 
+def _in_torch(label: str) -> bool:
+    return label.startswith(torch_networks.PREFIX)
+
+
+def _variants(config: ConfigDict, labels: Sequence[str]) -> list[Variant]:
+    """What each label names, be it for JAX or for PyTorch."""
+    names = [label.removeprefix(torch_networks.PREFIX) for label in labels]
+    known = {variant.label: variant for variant in parse_variants(config, names)}
+    for label, name in zip(labels, names, strict=True):
+        if _in_torch(label):
+            torch_networks.check_variant(known[name])
+    return [known[name] for name in names]
+
+
+def _record(speed: Speed, timed: Timed) -> dict[str, Any]:
+    record = dataclasses.asdict(speed)
+    if isinstance(timed, torch_networks.TorchStep):
+        record |= {"compiled": timed.compiled, "allocator_peak_bytes": timed.peak_bytes()}
+    return record
+
+
 def _step() -> None:
     check_output("json", JSON.value, (".json",))
     check_output("plot", _PLOT.value, (".png", ".pdf", ".svg"))
@@ -204,14 +229,21 @@ def _step() -> None:
     if _BATCH.value is not None:
         config.batch_size = _BATCH.value
     configure_jax(config)
-    variants = parse_variants(config, _METHODS.value)
+    labels = list(dict.fromkeys(_METHODS.value))
+    variants = _variants(config, labels)
     mesh = make_mesh(config.num_devices)
+    silence_false_alarms(mesh)
     device = mesh.devices.flat[0].device_kind
     title = f"{config.network}, {config.data.image_size} pixels, {mesh.size} x {device}"
     print(f"{title}\ncompiling {len(variants)} training steps …", flush=True)
-    timed = [prepare(variant, mesh, _NUM_CLASSES.value) for variant in variants]
+    timed = [
+        (torch_networks.prepare_variant if _in_torch(label) else prepare)(
+            variant, mesh, _NUM_CLASSES.value
+        )
+        for label, variant in zip(labels, variants, strict=True)
+    ]
     speeds = compare(
-        [variant.label for variant in variants],
+        labels,
         timed,
         [variant.config.batch_size for variant in variants],
         rounds=_ROUNDS.value,
@@ -224,12 +256,12 @@ def _step() -> None:
     report = {
         "config": command_line.config_path(),
         "batch": config.batch_size,
-        "precision": variants[0].config.precision,
+        "precision": resolve_precision(variants[0].config.precision).dtype.name,
         "cores": os.cpu_count(),
         "device": device,
         "num_devices": mesh.size,
         "rounds": _ROUNDS.value,
-        "methods": [dataclasses.asdict(speed) for speed in speeds],
+        "methods": [_record(*pair) for pair in zip(speeds, timed, strict=True)],
     }
     write_json(json.dumps(report, indent=2) + "\n")
     if _PLOT.value:

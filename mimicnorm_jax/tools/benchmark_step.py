@@ -32,7 +32,7 @@ class Speed:
       images_per_second: median over the rounds, and its quartiles.
       ratio: of its speed to that of the first variant in the same round; median and quartiles.
       compile_s: seconds to compile.
-      flops: operations of a step on a device, by the compiler.
+      flops: operations of a step on a device, by the compiler; 0 where nobody counted.
       achieved_flops: operations a second on a device.
       of_peak: these as a part of what the chip's data sheet says; None where that is unknown.
     """
@@ -146,7 +146,7 @@ def compare(
                 compile_s=one.compile_s,
                 flops=one.flops,
                 achieved_flops=achieved,
-                of_peak=None if chip is None else achieved / chip.flops,
+                of_peak=achieved / chip.flops if chip and one.flops else None,
             )
         )
     return speeds

@@ -29,7 +29,7 @@ from mimicnorm_jax.tools.memory_tables import TABLES, write_table
 from mimicnorm_jax.tools.report import JSON, check_output, write_json
 from mimicnorm_jax.tools.targets import mesh_of
 from mimicnorm_jax.tools.variants import fitting_methods, parse_variants
-from mimicnorm_jax.train.setup import configure_jax
+from mimicnorm_jax.train.setup import configure_jax, silence_false_alarms
 
 _METHODS = flags.DEFINE_list(
     "methods",
@@ -148,6 +148,7 @@ def _run() -> None:
     variants = parse_variants(config, methods)
     configure_jax(config)
     mesh = mesh_of(_TARGET.value, config.num_devices)
+    silence_false_alarms(mesh)
     device = mesh.devices.flat[0].device_kind
     print(f"{config.network}, {config.data.image_size} pixels, {mesh.size} x {device}", flush=True)
     if hbm:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mimicnorm_jax.layers.order import after
 from mimicnorm_jax.layers.varying import as_varying
 from mimicnorm_jax.parallel import DATA_AXIS
 from mimicnorm_jax.train.state import Network, Tree
@@ -82,14 +83,15 @@ def in_micro_batches(
     def split(x: jax.Array) -> jax.Array:
         return x.reshape(count, -1, *x.shape[1:])
 
-    def forward(after: Any, part: Any) -> tuple[Any, jax.Array]:
-        images, after = one_after_the_other(part[0], after)
-        logits = body(local, images, part[1])
+    def forward(done: jax.Array, part: Any) -> tuple[jax.Array, jax.Array]:
+        logits = body(local, after(part[0], done), part[1])
         return logits[0, 0], logits
 
     def backward(total: Tree, part: Any) -> tuple[Tree, None]:
         images, indices, cotangent = part
-        images, total = one_after_the_other(images, total)
+        images = after(
+            images, jnp.stack([leaf.ravel()[0] for leaf in jax.tree.leaves(total)]).sum()
+        )
         _, transpose = jax.vjp(lambda params: body(params, images, indices), local)
         return jax.tree.map(jnp.add, total, *transpose(cotangent)), None
 
@@ -109,11 +111,6 @@ def in_micro_batches(
     zeros = jax.tree.map(jnp.zeros_like, local)
     of_body, _ = scan(backward, zeros, (*parts, split(cotangent)))
     return value, logits, stats, jax.tree.map(jnp.add, of_head, lax.psum(of_body, DATA_AXIS))
-
-
-def one_after_the_other(x: jax.Array, result: Any) -> tuple[jax.Array, Any]:
-    """Both as they are, but ``x`` is not there before ``result``: memory is used again."""
-    return lax.optimization_barrier((x, result))
 
 
 def _unrolled(step: Callable[..., Any], carry: Any, parts: Any) -> tuple[Any, Any]:

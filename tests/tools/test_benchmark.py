@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import re
 
@@ -134,3 +135,15 @@ def test_the_cost_of_a_checkpoint_is_a_part_of_an_epoch(run_benchmark, tmp_path)
     assert 0 < cost["blocked_s"] < cost["epoch_s"]
     assert cost["share"] == max(cost["blocked_s"], cost["extra_s"]) / cost["epoch_s"]
     assert f"one an epoch costs {100 * cost['share']:.2f} %" in done.stdout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is installed")
+def test_a_missing_pytorch_is_one_line_before_anything_is_compiled(run_main):
+    done = run_main(
+        *("step", "--config=configs/cifar100_resnet18.py", "--methods=nonorm,torch:nonorm"),
+        module="mimicnorm_jax.tools.benchmark",
+    )
+    assert done.returncode == 2, done.stdout
+    assert not done.stdout
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: methods that begin with torch: need PyTorch")

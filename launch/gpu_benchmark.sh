@@ -1,0 +1,117 @@
+#!/usr/bin/env bash
+# Times the training step on one NVIDIA GPU, next to the same step in PyTorch, and measures its
+# memory: ResNet-50 on ImageNet, ResNet-18 and VGG16 on CIFAR-100. Needs no network and no data,
+# and takes less than 9 minutes. Numbers go to OUT (default results/gpu), one JSON file a part; a
+# part that fails or takes too long does not stop the others, but makes the exit code 1.
+#   OUT=DIR bash launch/gpu_benchmark.sh
+# PYTHON (default python) has jax[cuda], flax, optax, orbax, torch and what else is imported; what
+# it lacks may come as wheels in the folder WHEELS. To try it without a GPU:
+#   TARGET=cpu BATCH=8 EXTRA='--config.width=0.125 --seconds=0.2 --rounds=2' \
+#     bash launch/gpu_benchmark.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+limit=530 # seconds in all: SECONDS counts them from here
+python=${PYTHON:-python} target=${TARGET:-gpu} batch=${BATCH:-256} out=${OUT:-results/gpu}
+read -ra extra <<<"${EXTRA:-}"
+if [ "$target" = gpu ] && ! nvidia-smi >/dev/null 2>&1; then
+  echo "error: no NVIDIA GPU is found here; TARGET=cpu tries the script without one" >&2
+  exit 1
+fi
+command -v "$python" >/dev/null || { echo "error: PYTHON=$python is not found" >&2; exit 1; }
+mkdir -p "$out"
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+export PYTHONPATH="$scratch/packages:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3}
+export XLA_PYTHON_CLIENT_PREALLOCATE=false # else nothing of the card is left for PyTorch
+# in which the parts find each other's programs, and no program of an earlier day
+export JAX_COMPILATION_CACHE_DIR="$scratch/programs" XDG_CACHE_HOME="$scratch/cache"
+if [ "$target" = cpu ]; then
+  export JAX_PLATFORMS=cpu
+else
+  export JAX_PLATFORMS=cuda,cpu # and no silent change to the CPU
+fi
+if [ "${WHEELS:-}" ]; then
+  "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps \
+    --target "$scratch/packages" "$WHEELS"/*.whl
+fi
+
+# part NAME SECONDS COMMAND...: runs it within its time and says how it went
+part() {
+  local name=$1 seconds=$2 began=$SECONDS status=0
+  shift 2
+  # timeout leaves the group that Ctrl-C reaches; set here, it also holds in the background
+  trap 'kill $(jobs -p) 2>/dev/null || true; exit 130' INT TERM
+  timeout --kill-after=5 "$((seconds > 0 ? seconds : 1))" "$@" <&0 &
+  wait "$!" || status=$?
+  case $status in
+    0) echo "$name: done in $((SECONDS - began)) s" ;;
+    124 | 137) echo "$name: FAILED: not done in $seconds s" ;;
+    *) echo "$name: FAILED with exit code $status" ;;
+  esac
+  return "$status"
+}
+
+common=("--config.precision=bfloat16" "--config.num_devices=1" "--batch=$batch")
+ours=batchnorm,mimicnorm,nonorm
+in_torch=torch:batchnorm,torch:nonorm
+int8=mimicnorm:activation_storage=int8
+code=0
+
+step() { # CONFIG SECONDS METHODS
+  part "step of $1" "$2" "$python" -m mimicnorm_jax.tools.benchmark step \
+    --config="configs/$1.py" --methods="$3" "${common[@]}" --seconds=1 \
+    --json="$out/step_$1.json" ${extra[@]+"${extra[@]}"}
+}
+
+fields=() # of EXTRA: the flags of the other program are not those of this one
+for flag in ${extra[@]+"${extra[@]}"}; do
+  if [[ $flag == --config.* ]]; then fields+=("$flag"); fi
+done
+memory() { # CONFIG SECONDS METHODS
+  part "memory of $1" "$2" "$python" -m mimicnorm_jax.tools.memory --target="$target" \
+    --config="configs/$1.py" --methods="$3" "${common[@]}" \
+    --json="$out/memory_$1.json" ${fields[@]+"${fields[@]}"}
+}
+
+if [ "$target" = gpu ]; then
+  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,power.limit --format=csv || true
+fi
+part versions 60 "$python" - <<'PY' || code=1
+import importlib.metadata
+import platform
+
+import jax
+
+print("Python", platform.python_version())
+for name in ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "torch", "triton"):
+    try:
+        print(name, importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        print(name, "is missing")
+print("JAX sees", ", ".join(f"{d.device_kind}" for d in jax.devices()))
+try:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print("PyTorch sees", ", ".join(gpus) or "no GPU")
+    print("cuDNN of PyTorch", torch.backends.cudnn.version())
+except ImportError:
+    pass
+PY
+
+# The small networks first: what they leave of their time is ResNet-50's, whose steps take the
+# longest to compile. 110 s are kept for memory, whose programs are then compiled already.
+step cifar100_resnet18 70 "$ours,$in_torch" || code=1
+step cifar100_vgg16 70 "$ours,$in_torch" || code=1
+step imagenet_resnet50 "$((limit - SECONDS - 110))" "$ours,$int8,$in_torch" || code=1
+# peaks, not times: so these can go on side by side
+left=$((limit - SECONDS - 5)) parts=()
+memory cifar100_resnet18 "$left" "$ours" >"$scratch/resnet18" 2>&1 & parts+=($!)
+memory cifar100_vgg16 "$left" "$ours" >"$scratch/vgg16" 2>&1 & parts+=($!)
+memory imagenet_resnet50 "$left" "$ours,$int8" >"$scratch/resnet50" 2>&1 & parts+=($!)
+for process in "${parts[@]}"; do wait "$process" || code=1; done
+cat "$scratch"/resnet18 "$scratch"/vgg16 "$scratch"/resnet50
+echo "$SECONDS s in all; numbers: $out"
+exit "$code"

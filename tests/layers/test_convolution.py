@@ -1,0 +1,119 @@
+"""Our convolution against ``lax``'s, in every form that a backend may choose."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from mimicnorm_jax.layers.convolution import Geometry, convolve
+from mimicnorm_jax.layers.storage import Codec
+
+SAME = ((1, 1), (1, 1))
+NONE = ((0, 0), (0, 0))
+CASES = {
+    "3x3": ((5, 6), (3, 3), 4, Geometry((1, 1), SAME, (1, 1))),
+    "strided": ((7, 8), (3, 3), 4, Geometry((2, 2), SAME, (1, 1))),
+    "1x1": ((4, 5), (1, 1), 4, Geometry((1, 1), NONE, (1, 1))),
+    "1x1 strided": ((5, 4), (1, 1), 4, Geometry((2, 2), NONE, (1, 1))),
+    "image below kernel": ((2, 2), (3, 3), 4, Geometry((1, 1), SAME, (1, 1))),
+    "one side below": ((2, 9), (3, 3), 4, Geometry((2, 1), ((1, 2), (0, 1)), (1, 1))),
+    "named padding": ((2, 2), (3, 3), 4, Geometry((1, 1), "SAME", (1, 1))),
+    "depthwise": ((6, 6), (3, 3), 1, Geometry((2, 2), SAME, (1, 1), 4)),
+    "dilated": ((7, 7), (3, 3), 4, Geometry((1, 1), SAME, (2, 2))),
+}
+
+
+def reference(x, kernel, geometry):
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        geometry.strides,
+        geometry.padding,
+        rhs_dilation=geometry.kernel_dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=geometry.feature_group_count,
+    )
+
+
+def operands(extents, window, features_in, out=8, dtype=jnp.float64):
+    x = jax.random.normal(jax.random.key(0), (3, *extents, 4), dtype)
+    return x, jax.random.normal(jax.random.key(1), (*window, features_in, out), dtype)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_and_gradients_are_those_of_lax(case, float64):
+    extents, window, features, geometry = CASES[case]
+    x, kernel = operands(extents, window, features)
+    y, transpose = jax.vjp(lambda x, k: convolve(x, k, geometry), x, kernel)
+    expected, expected_transpose = jax.vjp(lambda x, k: reference(x, k, geometry), x, kernel)
+    np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-12)
+    gradient = jax.random.normal(jax.random.key(2), y.shape, jnp.float64)
+    pairs = zip(transpose(gradient), expected_transpose(gradient), strict=True)
+    for ours, theirs in pairs:
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("codec", [None, Codec(8, False)])
+def test_an_offset_is_added_before_the_padding(codec, float64):
+    x, kernel = operands((5, 5), (3, 3), 4)
+    geometry, offset = CASES["3x3"][3], jnp.asarray(0.7)
+
+    def ours(offset):
+        return jnp.sum(jnp.sin(convolve(x, kernel, geometry, offset=offset, codec=codec)))
+
+    def theirs(offset):
+        return jnp.sum(jnp.sin(reference(x + offset, kernel, geometry)))
+
+    for mine, other in (
+        (ours(offset), theirs(offset)),
+        (jax.grad(ours)(offset), jax.grad(theirs)(offset)),
+    ):
+        np.testing.assert_allclose(mine, other, rtol=1e-10)
+
+
+@pytest.mark.parametrize("codec", [None, Codec(8, False), Codec(4, False)])
+@pytest.mark.parametrize("case", ["3x3", "1x1"])
+def test_the_gradient_of_a_shared_kernel_is_summed_over_the_devices(case, codec, float64):
+    extents, window, features, geometry = CASES[case]
+    _, kernel = operands(extents, window, features)
+    x = jax.random.normal(jax.random.key(0), (8, *extents, 4), jnp.float64)
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def loss(kernel, x):
+        return jnp.sum(jnp.sin(convolve(x, kernel, geometry, codec=codec)))
+
+    def shared(kernel, x):
+        return jax.grad(lambda k: lax.psum(loss(k, x), "data"))(kernel)
+
+    mapped = jax.jit(jax.shard_map(shared, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))
+    np.testing.assert_allclose(mapped(kernel, x), jax.grad(loss)(kernel, x), rtol=1e-10, atol=1e-10)
+
+
+def test_on_cpu_neither_1x1_nor_small_images_reach_the_slow_convolutions():
+    for case in ("1x1", "image below kernel"):
+        extents, window, features, geometry = CASES[case]
+        x, kernel = operands(extents, window, features, dtype=jnp.float32)
+        gradients = jax.grad(lambda x, k: jnp.sum(jnp.sin(convolve(x, k, geometry))), (0, 1))  # noqa: B023
+        text = jax.jit(gradients).lower(x, kernel).as_text()
+        assert "stablehlo.convolution" not in text, case
+        assert "stablehlo.dot_general" in text, case
+
+
+def test_on_cpu_the_input_is_not_transposed_before_its_gradient_is_due():
+    """Memory of five convolutions in a row: of each the input is kept once, not twice."""
+    x = jnp.zeros((16, 32, 32, 16))
+    kernels = [jnp.zeros((3, 3, 16, 16))] * 6
+    geometry = CASES["3x3"][3]
+
+    def memory(convolution):
+        def loss(kernels):
+            y = x
+            for kernel in kernels:
+                y = jax.nn.relu(convolution(y, kernel, geometry))
+            return jnp.sum(jnp.square(y))
+
+        return jax.jit(jax.grad(loss)).lower(kernels).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(convolve) < 0.8 * memory(reference)

@@ -1,0 +1,214 @@
+"""The memory report, and what must not grow."""
+
+import dataclasses
+import importlib.util
+import json
+
+import pytest
+
+from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.recipes import cifar100
+from mimicnorm_jax.tools import compiled, memory_tables
+from mimicnorm_jax.tools.memory import largest_batch, parse_bytes
+from mimicnorm_jax.tools.memory_tables import PLAIN, TABLES, TPU, Job, as_markdown, jobs_of
+from mimicnorm_jax.tools.targets import mesh_of
+from mimicnorm_jax.tools.variants import parse_variants
+from tests.conftest import ROOT
+
+DIGITS = ("--config=configs/digits_resnet20.py", "--config.network=resnet8", "--batch=16")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def run_memory(run_main):
+    def run(*arguments, **environment):
+        return run_main(*arguments, module="mimicnorm_jax.tools.memory", **environment)
+
+    return run
+
+
+def rows_of(network, labels, *, width=0.25, batch=32):
+    config = cifar100()
+    config.update(network=network, width=width, batch_size=batch)
+    mesh = mesh_of("cpu", 1)
+    return {v.label: compiled.analyse(v, "cpu", mesh) for v in parse_variants(config, labels)}
+
+
+@pytest.mark.parametrize(
+    ("network", "width"), [("resnet8", 2), ("vgg11", 0.25), ("squeezenet", 0.5)]
+)
+def test_mimicnorm_costs_no_more_memory_than_no_normalization(network, width):
+    """And BatchNorm here no more than with Flax's own layers."""
+    labels = ("batchnorm", "mimicnorm", "nonorm", PLAIN)
+    labels = labels if network == "resnet8" else labels[1:3]
+    peak = {label: r.peak_bytes for label, r in rows_of(network, labels, width=width).items()}
+    assert peak["mimicnorm"] <= 1.02 * peak["nonorm"]
+    if network == "resnet8":
+        assert peak["batchnorm"] <= 1.005 * peak[PLAIN]
+        assert peak["mimicnorm"] <= 0.8 * peak[PLAIN]
+
+
+def test_codes_and_micro_batches_save_memory_and_codes_no_work():
+    int8, int4 = (f"mimicnorm:activation_storage={name}" for name in ("int8", "int4"))
+    parts = "mimicnorm:micro_batches=4"
+    rows = rows_of("resnet8", ("mimicnorm", int8, int4, parts), width=2, batch=64)
+    kept = {label: row.activation_bytes for label, row in rows.items()}
+    assert kept[int8] < 0.9 * kept["mimicnorm"]
+    assert kept[int4] < kept[int8]
+    assert kept[parts] < 0.6 * kept["mimicnorm"]
+    assert rows[int8].flops == pytest.approx(rows["mimicnorm"].flops, rel=0.02)
+    assert 1.2 < rows[parts].flops / rows["mimicnorm"].flops < 1.45
+
+
+def test_a_report_has_a_row_for_each_method(run_memory, tmp_path):
+    path, picture = tmp_path / "memory.json", tmp_path / "memory.png"
+    methods = "--methods=batchnorm,mimicnorm:remat=block,plain"
+    done = run_memory(*DIGITS, methods, f"--json={path}", f"--plot={picture}")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())
+    assert [row["method"] for row in rows] == ["batchnorm", "mimicnorm:remat=block", "plain"]
+    for row in rows:
+        assert row["batch"] == 16 and row["target"] == "cpu" and row["precision"] == "float32"
+        state_and_batch = row["state_bytes"] + 16 * (32 * 32 + 4)
+        assert state_and_batch <= row["argument_bytes"] <= 1.05 * state_and_batch
+        assert row["peak_bytes"] == row["argument_bytes"] + row["activation_bytes"]
+        assert row["temp_bytes"] > 0 and row["flops"] > 0 and row["bytes_accessed"] > 0
+        assert row["allocator_peak_bytes"] is None  # XLA's CPU backend counts nothing
+    assert "batchnorm" in done.stdout and "1.000" in done.stdout
+    assert picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--target=cuda",), "--target=cuda is unknown; allowed: cpu, gpu, tpu, or a topology"),
+        (("--target=gpu",), "--target=gpu: there is none here"),
+        (("--methods=mimicnorm:remat=al",), "unknown config.remat 'al'"),
+        (("--methods=mimicnorm:rema=block",), "unknown field in --methods=mimicnorm:rema=block:"),
+        (("--methods=mimicnorm:epochs=x",), "'epochs=x' sets no float"),
+        (("--methods=batchnrm",), "unknown --methods 'batchnrm' (did you mean 'batchnorm'?)"),
+        (("--methods=batchnorm:micro_batches=2",), "normalize over the batch"),
+        (("--max-batch",), "--max-batch and --hbm go together"),
+        (("--max-batch", "--hbm=16"), "--hbm='16' is no size such as 16GiB"),
+        (("--config.data.name=folder", "--config.data.dir=x"), "give --num-classes"),
+        (("--config.num_devices=3",), "config.num_devices = 3, but cpu has only 1"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(run_memory, arguments, message):
+    done = run_memory(*DIGITS, *arguments)
+    assert done.returncode == 2, done.stdout
+    (line,) = done.stderr.strip().splitlines()
+    assert message in line
+
+
+def test_a_table_takes_no_config(run_memory):
+    done = run_memory("table1", "--config=configs/digits_resnet20.py")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: table1 takes no --config"
+
+
+def test_a_topology_needs_the_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="needs libtpu: pip install 'mimicnorm-jax"):
+        mesh_of("tpu:v5e:2x2", 1)
+
+
+def test_what_libtpu_says_becomes_one_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    said = {
+        "v9:2x2": ("Invalid TPU external name: TPU v9\nmore", "is no topology that libtpu can"),
+        "v5e:2x2": ("The TPU is already in use by process 7", "another process holds /tmp/libtpu"),
+    }
+    for topology, (message, expected) in said.items():
+
+        def fail(*_, message=message):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", fail)
+        with pytest.raises(UserError, match=expected) as error:
+            mesh_of(f"tpu:{topology}", 1)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the extra tpu is missing")
+def test_a_step_compiles_for_a_tpu_that_is_not_here(run_memory, tmp_path):
+    path = tmp_path / "tpu.json"
+    methods = "--methods=mimicnorm"
+    done = run_memory(
+        *DIGITS, "--target=tpu:v5e:2x2", methods, f"--json={path}", ALLOW_MULTIPLE_LIBTPU_LOAD="1"
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(path.read_text())
+    assert row["num_devices"] == 4 and row["precision"] == "bfloat16"
+    assert row["roofline_s"] > 0 and row["peak_bytes"] > row["argument_bytes"]
+
+
+@pytest.mark.parametrize("limit", [99, 100, 1000, 12_345])
+def test_the_largest_batch_fits_and_the_next_does_not(limit):
+    asked = []
+
+    def peak(batch):
+        asked.append(batch)
+        return 60 + 5 * batch + (batch // 100) * 7
+
+    batch, bytes_ = largest_batch(peak, limit, multiple=8, start=64)
+    assert bytes_ == peak(batch) <= limit if batch else peak(8) > limit
+    assert batch % 8 == 0
+    assert peak(batch + 8) > limit
+    assert len(asked) < 16
+
+
+def test_sizes_are_read_with_their_unit():
+    assert parse_bytes("16GiB") == 16 * 2**30
+    assert parse_bytes("1.5 GB") == 1_500_000_000
+
+
+def test_what_was_compiled_is_not_compiled_again(monkeypatch):
+    (first,) = rows_of("mlp", ["mimicnorm"], batch=8).values()
+    monkeypatch.setattr(compiled, "_compile", lambda *_: pytest.fail("compiled again"))
+    (again,) = rows_of("mlp", ["mimicnorm"], batch=8).values()
+    assert first == again
+    with pytest.raises(pytest.fail.Exception):  # another program
+        rows_of("mlp", ["nonorm"], batch=8)
+
+
+def test_a_table_has_the_papers_saving_beside_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(memory_tables, "RESULTS", tmp_path)
+    sizes = iter([100, 60, 61, 110])
+    monkeypatch.setattr(
+        compiled,
+        "_compile",
+        lambda *_: (
+            {"peak": 2**20 * next(sizes), "arguments": 7, "temp": 8}
+            | {"flops": 9.0, "bytes_accessed": 10.0, "seconds": 11.0}
+        ),
+    )
+    entry = TABLES["table1"][0]._replace(batch=4, more=())
+    monkeypatch.setitem(TABLES, "table1", (entry,))
+    jobs = [job for job in jobs_of("table1") if job.target == "cpu"]
+    assert {job.method for job in jobs} == {"batchnorm", "mimicnorm", "nonorm", PLAIN}
+    monkeypatch.setattr(memory_tables, "jobs_of", lambda table: jobs)
+    memory_tables.write_table("table1", processes=1)
+    records = json.loads((tmp_path / "table1.json").read_text())
+    assert [record["config"] for record in records] == ["cifar100_vgg11"] * 4
+    text = (tmp_path / "table1.md").read_text()
+    line = "| cifar100_vgg11, 4 | 100 | 60 | 61 | 110 | 40.0 % | 39.0 % | 4.0 % |"
+    assert line in text.splitlines()  # the paper's: 1 - 2851/2971
+    # and from the file, in place of compiling, on another machine
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    monkeypatch.setattr(compiled, "_compile", lambda *_: pytest.fail("compiled again"))
+    memory_tables.write_table("table1", processes=1)
+    assert json.loads((tmp_path / "table1.json").read_text()) == records
+
+
+def test_the_markdown_of_an_unfinished_table_leaves_out_what_is_missing():
+    (row,) = rows_of("mlp", ["batchnorm"], batch=4).values()
+    job = Job("cifar100_vgg11", 256, "batchnorm", TPU)
+    text = as_markdown("table1", {job: dataclasses.replace(row, target=TPU)})
+    (line,) = (line for line in text.splitlines() if "cifar100_vgg11" in line)
+    assert line.count("|") == 9

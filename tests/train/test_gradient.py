@@ -1,0 +1,67 @@
+"""Micro-batches have the gradient of the whole batch; so have codes, whatever the devices."""
+
+import jax
+import numpy as np
+import pytest
+
+from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.train.setup import set_up
+from tests.train.test_step import relative_difference, train
+
+# (devices, micro-batches on each)
+PLACES = [(1, 4), (4, 2)]
+NETWORKS = {
+    "mimicnorm": {},
+    "fixup": {},
+    "dropout": {
+        "method": "mimicnorm",
+        "network": "vgg11",
+        "width": 0.0625,
+        "data__image_size": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(name, tiny_config, float64):
+    common = {"method": name, "precision": "float64", "learning_rate": 0.02} | NETWORKS[name]
+    places = PLACES if name == "mimicnorm" else PLACES[1:]
+    whole = train(tiny_config(**common), 3)
+    for devices, parts in places:
+        config = tiny_config(**common, num_devices=devices, micro_batches=parts)
+        divided = train(config, 3)
+        np.testing.assert_allclose(divided.losses, whole.losses, rtol=1e-9)
+        assert relative_difference(divided.gradient, whole.gradient) < 1e-9
+        states = [jax.device_get(run.state) for run in (divided, whole)]
+        assert relative_difference(*(state.params for state in states)) < 1e-9
+        if name == "mimicnorm":
+            assert relative_difference(*(state.batch_stats for state in states)) < 1e-9
+
+
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_codes_do_not_depend_on_devices_parts_or_what_is_computed_again(
+    storage, tiny_config, float64
+):
+    common = {"precision": "float64", "learning_rate": 0.02, "activation_storage": storage}
+    whole = train(tiny_config(**common), 2)
+    divided = train(tiny_config(**common, num_devices=2, micro_batches=2, remat="block"), 2)
+    assert relative_difference(divided.gradient, whole.gradient) < 1e-9
+    full = train(tiny_config(**common | {"activation_storage": "full"}), 2)
+    distance = relative_difference(whole.gradient, full.gradient)
+    assert (1e-4 if storage == "int8" else 3e-3) < distance < (0.02 if storage == "int8" else 0.3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"method": "batchnorm", "micro_batches": 2}, "normalize over the batch"),
+        ({"micro_batches": 3}, "batch_size = 32 does not divide by 1 device"),
+        ({"micro_batches": 0}, "config.micro_batches = 0 is not allowed"),
+        ({"activation_storage": "int2"}, "unknown config.activation_storage 'int2'"),
+        ({"remat": "all"}, "unknown config.remat 'all'"),
+    ],
+)
+def test_what_cannot_be_is_one_line(overrides, message, tiny_config):
+    with pytest.raises(UserError, match=message) as error:
+        set_up(tiny_config(**overrides))
+    assert "\n" not in str(error.value)
