@@ -19,7 +19,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
@@ -37,12 +36,10 @@ from mimicnorm_jax.precision import resolve_precision
 from mimicnorm_jax.theory import Layer, Probe
 from mimicnorm_jax.tools.probe_plot import plot
 from mimicnorm_jax.tools.report import JSON, check_output, write_json
+from mimicnorm_jax.tools.restored import restore
 from mimicnorm_jax.tools.variants import check_options, with_method
-from mimicnorm_jax.train.checkpoint import Checkpoints
 from mimicnorm_jax.train.program import network_arguments
-from mimicnorm_jax.train.setup import configure_jax, images_of, set_up
-from mimicnorm_jax.train.state import TrainState
-from mimicnorm_jax.train.workdir import other_fields
+from mimicnorm_jax.train.setup import configure_jax, images_of
 
 _METHODS = flags.DEFINE_list("methods", None, "Methods to compare (default: config.method).")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Probe the latest state of this run.")
@@ -113,7 +110,7 @@ def probe(
     """
     check_options(config, methods)
     configure_jax(config)
-    trained = None if checkpoint is None else _restore(config, checkpoint).evaluated_params
+    trained = None if checkpoint is None else restore(config, checkpoint).evaluated_params
     train, _ = open_splits(config.data)
     if images > len(train):
         raise UserError(f"--images={images} is more than the {len(train)} training images")
@@ -140,22 +137,6 @@ def probe(
         rows[name] = [average(same) for same in zip(*layers, strict=True)]
     progress.close()
     return rows
-
-
-def _restore(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
-    """The latest state of a run."""
-    directory = workdir / "checkpoints"
-    if not directory.is_dir() or not (workdir / "config.json").is_file():
-        raise UserError(f"--checkpoint={workdir} is not the folder of a run with checkpoints")
-    if differing := other_fields(workdir, config):
-        raise UserError(
-            f"--checkpoint={workdir} is a run of another configuration: {differing}; give the "
-            "same --config fields"
-        )
-    restored = Checkpoints(directory).restore_latest(set_up(config).abstract_state, set_aside=False)
-    if restored is None:
-        raise UserError(f"--checkpoint={workdir} has no checkpoint that can be read")
-    return jax.tree.map(jnp.asarray, restored.state)
 
 
 _TITLES = (

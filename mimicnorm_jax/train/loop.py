@@ -245,7 +245,8 @@ class _Loop:
                 yield batch
 
     def _advance(self, batch: Any) -> None:
-        self._state, metrics = self._experiment.train_step(self._state, batch)
+        with jax.transfer_guard("disallow"):  # nothing waits unseen for the host
+            self._state, metrics = self._experiment.train_step(self._state, batch)
         self._host = self._evaluation = None
         self._in_flight.append(metrics)
         self._step += 1

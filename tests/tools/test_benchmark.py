@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mimicnorm_jax.tools import benchmark
+from mimicnorm_jax.tools import benchmark, benchmark_step
 
 
 @pytest.fixture
@@ -147,3 +147,50 @@ def test_a_missing_pytorch_is_one_line_before_anything_is_compiled(run_main):
     assert not done.stdout
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: methods that begin with torch: need PyTorch")
+
+
+class Fake:
+    """A step of known duration that notes when it was timed."""
+
+    compile_s, flops = 2.0, 600.0
+
+    def __init__(self, name, step_s, turns):
+        self.name, self.step_s, self.turns = name, step_s, turns
+
+    def seconds(self, steps):
+        self.turns.append((self.name, steps))
+        return steps * self.step_s
+
+
+def test_methods_take_turns_and_are_compared_within_a_round():
+    turns = []
+    fakes = [Fake("a", 0.5, turns), Fake("b", 0.25, turns)]
+    speeds = benchmark_step.compare(
+        ["a", "b"], fakes, [16, 16], rounds=3, seconds=1.0, device_kind="TPU v5 lite"
+    )
+    assert turns[:2] == [("a", 1), ("b", 1)]  # how long is a step?
+    assert turns[2:] == [("a", 2), ("b", 4), ("b", 4), ("a", 2), ("a", 2), ("b", 4)]
+    assert [speed.images_per_second for speed in speeds] == [32.0, 64.0]
+    assert [speed.ratio for speed in speeds] == [1.0, 2.0]
+    assert speeds[1].achieved_flops == 2400.0
+    assert speeds[1].of_peak == 2400.0 / 197e12
+
+
+def test_the_training_step_is_timed_method_by_method(run_benchmark, tmp_path):
+    path, picture = tmp_path / "step.json", tmp_path / "step.png"
+    done = run_benchmark(
+        "step",
+        *DIGITS,
+        *("--config.data.image_size=8", "--rounds=2", f"--json={path}", f"--plot={picture}"),
+        "--methods=batchnorm,mimicnorm:activation_storage=int8",
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(path.read_text())
+    first, second = report["methods"]
+    assert report["batch"] == 16 and report["precision"] == "float32"
+    assert first["method"] == "batchnorm" and first["ratio"] == 1.0
+    assert second["method"] == "mimicnorm:activation_storage=int8"
+    for row in (first, second):
+        assert row["images_per_second"] > 0 and row["compile_s"] > 0 and row["flops"] > 0
+        assert row["of_peak"] is None  # nobody knows the peak of this processor
+    assert picture.stat().st_size > 5000

@@ -1,0 +1,136 @@
+"""How far gradients are from exact where activations are kept in few bits, layer by layer.
+
+python -m mimicnorm_jax.tools.gradient_error --config configs/digits_resnet20.py --checkpoint=RUN
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+from ml_collections import ConfigDict
+
+from mimicnorm_jax import command_line
+from mimicnorm_jax.config import method_of, validate
+from mimicnorm_jax.data.augment import example_keys, normalize
+from mimicnorm_jax.data.pipeline import Pipeline
+from mimicnorm_jax.data.splits import open_splits
+from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.layers import cross_entropy
+from mimicnorm_jax.layers.storage import STORAGES
+from mimicnorm_jax.models import create_model
+from mimicnorm_jax.precision import resolve_precision
+from mimicnorm_jax.tools.report import JSON, check_output, write_json
+from mimicnorm_jax.tools.restored import restore
+from mimicnorm_jax.train.optim import parameter_name
+from mimicnorm_jax.train.program import network_arguments
+from mimicnorm_jax.train.setup import configure_jax, images_of
+from mimicnorm_jax.train.state import split_network
+
+_IMAGES = flags.DEFINE_integer("images", 256, "Training images of the batch.", 2)
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Take the latest state of this run.")
+
+
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    """Cosine of the angle between two arrays; 1 where both are 0, and 0 where one is."""
+    a, b = (np.asarray(x, np.float64).ravel() for x in (a, b))
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    if norms:
+        return float(a @ b) / norms
+    return float(not np.any(a) and not np.any(b))
+
+
+def gradient_errors(
+    config: ConfigDict, *, images: int, checkpoint: pathlib.Path | None = None
+) -> dict[str, dict[str, float]]:
+    """Cosines of the kernels' gradients with the exact ones, by storage and layer.
+
+    Args:
+      config: the configuration; its ``activation_storage`` does not matter.
+      images: how many training images, without augmentation.
+      checkpoint: the folder of a run of ``config``; None for its initial state.
+
+    Raises:
+      UserError: whatever is wrong with the configuration, the data or the run.
+    """
+    validate(config)
+    configure_jax(config)
+    train, _ = open_splits(config.data)
+    if images > len(train):
+        raise UserError(f"--images={images} is more than the {len(train)} training images")
+    known = images_of(config, train)
+    batch = Pipeline(train, batch_size=images, seed=config.seed).batch(0)
+    inputs = normalize(
+        jnp.asarray(batch["image"]),
+        mean=known.mean,
+        std=known.std,
+        dtype=resolve_precision(config.precision).dtype,
+    )
+    keys = example_keys(config.seed, jnp.zeros((), jnp.int32), jnp.arange(images))
+    state = None if checkpoint is None else restore(config, checkpoint)
+    gradients = {}
+    for storage in STORAGES:
+        changed = ConfigDict(config)
+        changed.activation_storage = storage
+        method = method_of(changed)
+
+        def create(method: Any = method) -> nnx.Module:
+            return create_model(
+                method=method, rngs=nnx.Rngs(config.seed), **network_arguments(config, known)
+            )
+
+        network, initial_values = split_network(create)
+        params, stats = jax.jit(initial_values)()
+        if state is not None:
+            params, stats = state.params, state.batch_stats
+
+        def loss(params: Any, stats: Any, network: Any = network) -> jax.Array:
+            logits, _ = network.apply_train(params, stats, inputs, keys)
+            return cross_entropy(logits, jnp.asarray(batch["label"])).mean()
+
+        gradients[storage] = jax.jit(jax.grad(loss))(params, stats)
+    exact = jax.tree_util.tree_leaves_with_path(gradients["full"])
+    kernels = [parameter_name(path).endswith("kernel") for path, _ in exact]
+    return {
+        storage: {
+            parameter_name(path): cosine(leaf, of_full)
+            for (path, of_full), leaf, kernel in zip(
+                exact, jax.tree.leaves(gradients[storage]), kernels, strict=True
+            )
+            if kernel
+        }
+        for storage in STORAGES[1:]
+    }
+
+
+def _run() -> None:
+    check_output("json", JSON.value, (".json",))
+    checkpoint = None if _CHECKPOINT.value is None else pathlib.Path(_CHECKPOINT.value)
+    config = command_line.config()
+    print("compiling the gradient three times …", flush=True)
+    errors = gradient_errors(config, images=_IMAGES.value, checkpoint=checkpoint)
+    names = list(next(iter(errors.values())))
+    width = max(map(len, names)) + 2
+    print(f"{'cosine to the exact gradient':<{width}}" + "".join(f"{s:>10}" for s in errors))
+    for name in names:
+        cells = "".join(f"{errors[storage][name]:>10.5f}" for storage in errors)
+        print(f"{name:<{width}}{cells}")
+    least = "".join(f"{np.min(list(of_one.values())):>10.5f}" for of_one in errors.values())
+    print(f"{'least':<{width}}{least}")
+    report = {"config": command_line.config_path(), "images": _IMAGES.value, "cosines": errors}
+    write_json(json.dumps(report, indent=1) + "\n")
+
+
+def main() -> None:
+    """Runs the program."""
+    command_line.run_program(_run)
+
+
+if __name__ == "__main__":
+    main()
