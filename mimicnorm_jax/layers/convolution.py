@@ -55,8 +55,9 @@ def convolve(
       codec: how the input is kept for the backward pass; None: as it is.
     """
     # A custom derivative does not sum over the devices what they share; a cast does.
-    shared = as_varying(_Shared(kernel, scale, offset), axes_of(x))
-    return _convolve(x, shared, geometry, codec)
+    shared = _Shared(kernel, scale, offset)
+    axes = frozenset().union(*(axes_of(leaf) for leaf in jax.tree.leaves((x, shared))))
+    return _convolve(*as_varying((x, shared), axes), geometry, codec)
 
 
 class _Shared(NamedTuple):
@@ -88,8 +89,9 @@ def _forward(
     y = _convolve_shared(x, shared, geometry)
     if codec is not None:
         return y, (encode(x, codec), None, shared)
+    usual = geometry.precision is None and shared.offset is None
     # Of what it is given here, a backend keeps only what its own backward pass takes.
-    return y, (x, rounded(x) if geometry.precision is None else None, shared)
+    return y, (x, rounded(x) if usual else None, shared)
 
 
 def _backward(
@@ -164,6 +166,8 @@ def _suits_matrices(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> bool
     """
     window, spatial = kernel.shape[:-2], x.shape[1:-1]
     plain = geometry.feature_group_count == 1 and set(geometry.kernel_dilation) == {1}
+    padding = geometry.padding
+    plain = plain and (isinstance(padding, str) or min(map(min, padding), default=0) >= 0)
     small = any(extent < size for extent, size in zip(spatial, window, strict=True))
     return plain and len(window) == 2 and (small or window == (1, 1))
 

@@ -10,8 +10,10 @@ from jax import lax
 def after(x: jax.Array, result: jax.Array) -> jax.Array:
     """``x`` as it is, but not before ``result`` is there.
 
+    On CPUs a floating-point -0 becomes 0, and all becomes NaN if the first number of ``result`` is.
+
     Args:
-      x: of any type.
+      x: numbers of any type.
       result: floating-point, at least one element.
     """
     return lax.platform_dependent(x, result, cpu=_by_dependence, default=_by_barrier)

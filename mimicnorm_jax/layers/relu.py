@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -51,3 +52,14 @@ def _backward(bits: int | None, kept: Kept, gradient: jax.Array) -> tuple[jax.Ar
 
 
 relu.defvjp(_forward, _backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class CodedRelu:
+    """``relu`` with fixed ``bits``: a part of a network's static structure."""
+
+    bits: int
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``max(x, 0)``."""
+        return relu(x, self.bits)

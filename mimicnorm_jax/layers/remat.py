@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -10,6 +11,17 @@ from flax import nnx
 
 Remat = Literal["none", "block", "dots_saveable"]
 REMATS: tuple[str, ...] = get_args(Remat)
+
+
+@dataclasses.dataclass(frozen=True)
+class Runner:
+    """``run`` with a fixed ``remat``: a part of a network's static structure."""
+
+    remat: Remat
+
+    def __call__(self, block: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+        """``block(x)``."""
+        return run(block, x, self.remat)
 
 
 def run(block: Callable[[jax.Array], jax.Array], x: jax.Array, remat: str) -> jax.Array:

@@ -3,7 +3,7 @@
 Without normalization in between, a convolution needs of its input only what enters the gradient
 of its kernel, and ReLU only the sign. So both may keep codes of a few bits in place of the
 activation. The forward pass, the gradient with respect to inputs and ReLU's mask stay exact; the
-gradient of a kernel is that of the decoded inputs.
+gradient of a kernel, and of a scalar that multiplies it, is that of the decoded inputs.
 
 Every example has a scale of its own, so that what is kept of it depends neither on the other
 examples nor on how the batch is spread over devices and micro-batches.
@@ -29,8 +29,9 @@ class Codec(NamedTuple):
     Let s be the step: the largest magnitude of an example, over the largest code.
 
     Rectified activations become ``q = ceil(x / s)`` and come back as ``(q - 1/2) s``, and 0 as 0:
-    a positive value keeps a positive code, and the error is within s/2 either way. Others become
-    ``q = round(x / s)`` and come back as ``q s``.
+    a positive value keeps a positive code (but for one that is 1e-38 of the largest), and the error
+    is within s/2 either way. Others become ``q = round(x / s)`` and come back as ``q s``. Both are
+    then rounded to the type of the computation.
 
     Rounding is deterministic. Where the density of x hardly changes within a step, the error has
     mean 0 and variance s^2/12; in general its mean is not 0, at most s/2 in magnitude.

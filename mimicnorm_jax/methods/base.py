@@ -14,8 +14,8 @@ from flax import nnx
 
 from mimicnorm_jax.errors import UserError, unknown
 from mimicnorm_jax.layers import ScaledConv, stable_normal
-from mimicnorm_jax.layers.relu import relu
-from mimicnorm_jax.layers.remat import REMATS, Remat, run
+from mimicnorm_jax.layers.relu import CodedRelu, relu
+from mimicnorm_jax.layers.remat import REMATS, Remat, Runner
 from mimicnorm_jax.layers.storage import STORAGES, ActivationStorage, codec_of
 from mimicnorm_jax.precision import FLOAT32, Precision
 
@@ -169,15 +169,16 @@ class Method:
     def activation(self, *, site: Site) -> Function:
         """The nonlinearity after the layer (or merge) at ``site``."""
         codec = codec_of(self.activation_storage, rectified=True)
-        return relu if codec is None else functools.partial(relu, bits=codec.bits)
+        return relu if codec is None else CodedRelu(codec.bits)
 
     def merge(self, *, branch: Branch) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """How ``(shortcut, branch)`` become the input of the block's last activation."""
         return add
 
-    def run(self, block: Function, x: jax.Array) -> jax.Array:
-        """Passes ``x`` through a block of the network, of which more may be computed twice."""
-        return run(block, x, self.remat)
+    @property
+    def run(self) -> Runner:
+        """What passes ``(block, x)`` through a block, more of which may be computed twice."""
+        return Runner(self.remat)
 
     @property
     def couples_examples(self) -> bool:

@@ -82,10 +82,10 @@ def _max_pool(x: jax.Array, pool: Window, extents: tuple[int, ...]) -> jax.Array
 
 def _forward(x: jax.Array, pool: Window, extents: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     maximum, *others = _slices(x, pool)
-    position = jnp.zeros_like(maximum, jnp.uint8)
+    small = jnp.uint8 if pool.window**2 <= 256 else jnp.uint16
+    position = jnp.zeros_like(maximum, small)
     for index, values in enumerate(others, start=1):
-        # not >: a NaN is the maximum, as for jnp.maximum
-        position = jnp.where(values <= maximum, position, jnp.uint8(index))
+        position = jnp.where(values <= maximum, position, small(index))
         maximum = jnp.maximum(maximum, values)
     # Else the compiler may keep the input after all, and find the position again.
     return maximum, lax.optimization_barrier(position)

@@ -7,7 +7,9 @@ import multiprocessing
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from mimicnorm_jax.errors import UserError, first_line
 from mimicnorm_jax.parallel import shard_batch
 from mimicnorm_jax.tools.compiled import images_without_data, program_of
 from mimicnorm_jax.tools.targets import mesh_of
@@ -30,28 +32,34 @@ def random_batch(program: Program, num_classes: int | None = None) -> dict[str, 
     return shard_batch(batch, program.mesh)
 
 
-def allocator_peak(variant: Variant, num_devices: int, num_classes: int | None) -> int | None:
+def allocator_peak(variant: Variant, mesh: Mesh, num_classes: int | None = None) -> int | None:
     """Trains a few steps on random images, in a process of its own: a peak is never forgotten.
 
     Args:
       variant: the configuration.
-      num_devices: how many of the devices of this machine.
+      mesh: the devices.
       num_classes: where the configuration does not tell.
 
     Returns:
-      The greatest number of bytes of a device in use; None where the backend does not count
-      them, as that for CPUs.
+      The greatest number of bytes of a device in use; None where that is not known: CPUs do not
+      count it, and a TPU belongs to one process.
+
+    Raises:
+      UserError: the step does not run, as where memory does not suffice.
     """
-    if jax.devices()[0].memory_stats() is None:
+    if mesh.devices.flat[0].platform != "gpu":
         return None
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        return pool.submit(_peak, variant, num_devices, num_classes).result()
+        try:
+            return pool.submit(_peak, variant, mesh.size, num_classes).result()
+        except Exception as error:
+            raise UserError(f"{variant.label} does not run: {first_line(error)}") from error
 
 
 def _peak(variant: Variant, num_devices: int, num_classes: int | None) -> int:
     configure_jax(variant.config)
-    program = program_of(variant, mesh_of(jax.default_backend(), num_devices), num_classes)
+    program = program_of(variant, mesh_of("gpu", num_devices), num_classes)
     state, batch = program.initial_state(), random_batch(program, num_classes)
     for _ in range(_STEPS):
         state, metrics = program.train_step(state, batch)

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mimicnorm_jax.tools.allocator import random_batch
 from mimicnorm_jax.tools.chips import chip_of
-from mimicnorm_jax.tools.compiled import program_of
+from mimicnorm_jax.tools.compiled import is_loop, program_of, unrolled_flops
 from mimicnorm_jax.tools.variants import Variant
 
 Step = Callable[[], Any]
@@ -78,14 +78,16 @@ def prepare(variant: Variant, mesh: Mesh, num_classes: int | None = None) -> Tim
     began = time.perf_counter()
     step = program.train_step.lower(state, batch).compile()
     seconds = time.perf_counter() - began
-    cost = step.cost_analysis() or {}
+    flops = (step.cost_analysis() or {}).get("flops", 0.0)
+    if is_loop(program.config, mesh):
+        flops = unrolled_flops(variant, num_classes) / mesh.size
 
     def call() -> Any:
         nonlocal state
         state, metrics = step(state, batch)
         return metrics
 
-    timed = Timed(call, seconds, cost.get("flops", 0.0))
+    timed = Timed(call, seconds, flops)
     timed.seconds(2)
     return timed
 

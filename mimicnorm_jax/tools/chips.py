@@ -9,35 +9,35 @@ class Chip(NamedTuple):
     """One accelerator, as JAX sees it: one device.
 
     Attributes:
-      name: as people call it.
       flops: dense bfloat16 operations per second; float32 convolutions run at this rate on TPUs,
         whose default precision rounds their operands.
       bandwidth: bytes per second between the chip and its memory.
-      memory: bytes.
     """
 
-    name: str
     flops: float
     bandwidth: float
-    memory: float
 
     def seconds(self, flops: float, bytes_accessed: float) -> float:
         """The roofline: the least time of a program, by the scarcer of work and traffic."""
         return max(flops / self.flops, bytes_accessed / self.bandwidth)
 
 
-# by what Device.device_kind begins with; the first that fits counts
+# by Device.device_kind, or what it begins with; the first that fits counts
 _CHIPS = {
-    "TPU v5 lite": Chip("TPU v5e", 197e12, 819e9, 16 * 2**30),
-    "TPU v6 lite": Chip("TPU v6e", 918e12, 1640e9, 32 * 2**30),
-    "TPU v5": Chip("TPU v5p", 459e12, 2765e9, 95 * 2**30),
-    "TPU v4": Chip("TPU v4", 275e12, 1228e9, 32 * 2**30),
-    "NVIDIA A100": Chip("A100", 312e12, 1555e9, 40 * 2**30),
-    "NVIDIA H100": Chip("H100", 989e12, 3350e9, 80 * 2**30),
-    "NVIDIA H200": Chip("H200", 989e12, 4800e9, 141 * 2**30),
-    "NVIDIA L4": Chip("L4", 121e12, 300e9, 24 * 2**30),
-    "Tesla V100": Chip("V100", 125e12, 900e9, 16 * 2**30),
-    "Tesla T4": Chip("T4", 65e12, 320e9, 16 * 2**30),
+    "TPU v5 lite": Chip(197e12, 819e9),
+    "TPU v5e": Chip(197e12, 819e9),
+    "TPU v6": Chip(918e12, 1640e9),
+    "TPU v5": Chip(459e12, 2765e9),
+    "TPU v4": Chip(275e12, 1228e9),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 2039e9),
+    "NVIDIA A100 80GB PCIe": Chip(312e12, 1935e9),
+    "NVIDIA A100": Chip(312e12, 1555e9),
+    "NVIDIA H100 PCIe": Chip(756e12, 2000e9),
+    "NVIDIA H100": Chip(989e12, 3350e9),
+    "NVIDIA H200": Chip(989e12, 4800e9),
+    "NVIDIA L40S": Chip(362e12, 864e9),
+    "Tesla V100": Chip(125e12, 900e9),
+    "Tesla T4": Chip(65e12, 320e9),
 }
 
 

@@ -128,15 +128,18 @@ def analyse(
     config = program.config
     state, batch = abstract_arguments(program, images_without_data(config, num_classes))
     lowered = program.train_step.lower(state, batch)
-    platform = mesh.devices.flat[0].platform
-    digest = _digest(lowered, target)
+    device = mesh.devices.flat[0]
+    platform = device.platform
+    place = f"{target} {device.device_kind}" if platform == "gpu" else target
+    digest = _digest(lowered, place)
     if known and digest in known:
-        return Row(**known[digest])
+        fields = {field.name for field in dataclasses.fields(Row)}
+        return Row(**{name: v for name, v in known[digest].items() if name in fields})
     measured = _remembered(lowered, digest, platform)
     flops, traffic = measured["flops"], measured["bytes_accessed"]
-    if config.micro_batches > 1 and platform != "cpu":  # a loop, of which one round is counted
+    if is_loop(config, mesh):
         traffic = None
-        flops = _unrolled_flops(variant, num_classes) / mesh.size
+        flops = unrolled_flops(variant, num_classes) / mesh.size
     chip = chip_of(mesh.devices.flat[0].device_kind)
     return Row(
         network=config.network,
@@ -160,7 +163,12 @@ def analyse(
     )
 
 
-def _unrolled_flops(variant: Variant, num_classes: int | None) -> float:
+def is_loop(config: Any, mesh: Mesh) -> bool:
+    """Whether the step is a loop over micro-batches, of which the compiler counts one round."""
+    return config.micro_batches > 1 and mesh.devices.flat[0].platform != "cpu"
+
+
+def unrolled_flops(variant: Variant, num_classes: int | None = None) -> float:
     """Operations of a step without a loop, before optimization, of all devices."""
     program = program_of(variant, mesh_of("cpu", 1), num_classes)
     images = images_without_data(program.config, num_classes)
@@ -169,7 +177,8 @@ def _unrolled_flops(variant: Variant, num_classes: int | None) -> float:
 
 
 def _digest(lowered: Any, target: str) -> str:
-    versions = [f"{name} {_version(name)}" for name in ("jaxlib", "libtpu")]
+    names = ("jaxlib", "libtpu", *(["jax-cuda12-plugin"] if target.startswith("gpu") else []))
+    versions = [f"{name} {_version(name)}" for name in names]
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     said = "\n".join([target, *versions, *flags, lowered.as_text()])
     return hashlib.sha256(said.encode()).hexdigest()

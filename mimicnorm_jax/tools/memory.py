@@ -8,8 +8,10 @@ python -m mimicnorm_jax.tools.memory table1   # the paper's tables, into results
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import sys
@@ -28,7 +30,7 @@ from mimicnorm_jax.tools.memory_plot import plot
 from mimicnorm_jax.tools.memory_tables import TABLES, write_table
 from mimicnorm_jax.tools.report import JSON, check_output, write_json
 from mimicnorm_jax.tools.targets import mesh_of
-from mimicnorm_jax.tools.variants import fitting_methods, parse_variants
+from mimicnorm_jax.tools.variants import Variant, fitting_methods, parse_variants
 from mimicnorm_jax.train.setup import configure_jax, silence_false_alarms
 
 _METHODS = flags.DEFINE_list(
@@ -47,6 +49,7 @@ _HBM = flags.DEFINE_string("hbm", None, "Memory of a device, such as 16GiB.")
 _PROCESSES = flags.DEFINE_integer("processes", 1, "table: compilations at a time.", 1)
 
 DEFAULT_METHODS = ("batchnorm", "mimicnorm", "nonorm", "fixup")
+_MOST = 2**20
 _UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
 
 
@@ -57,11 +60,11 @@ def parse_bytes(text: str) -> int:
       UserError: it is no such size.
     """
     match = re.fullmatch(rf"([\d.]+) ?({'|'.join(_UNITS)})", text)
-    try:
-        assert match
-        return round(float(match[1]) * _UNITS[match[2]])
-    except (AssertionError, ValueError):
-        raise UserError(f"--hbm={text!r} is no size such as 16GiB or 80GB") from None
+    with contextlib.suppress(ValueError, OverflowError):
+        size = round(float(match[1]) * _UNITS[match[2]]) if match else 0
+        if size > 0:
+            return size
+    raise UserError(f"--hbm={text!r} is no size such as 16GiB or 80GB")
 
 
 def largest_batch(
@@ -69,7 +72,7 @@ def largest_batch(
 ) -> tuple[int, int]:
     """The largest batch that fits, and its peak.
 
-    Memory grows nearly in proportion, so a line through two points finds it in a few steps.
+    Memory grows nearly in proportion, so lines through what is known find it in a few steps.
 
     Args:
       peak: bytes of a batch.
@@ -78,27 +81,29 @@ def largest_batch(
       start: the first guess.
 
     Returns:
-      A multiple of ``multiple`` (0: not even that fits), and its peak.
+      A multiple of ``multiple``, at most 2**20 of them (0: not even one fits), and its peak.
     """
     fits: tuple[int, int] = (0, 0)
-    fails: int | None = None
+    fails: tuple[int, int] | None = None
     guess = max(1, start // multiple)
-    while fails is None or fails - fits[0] > 1:
+    while fits[0] < _MOST and (fails is None or fails[0] - fits[0] > 1):
         bytes_ = peak(guess * multiple)
         if bytes_ <= limit:
             slope = (bytes_ - fits[1]) / (guess - fits[0])
             fits = (guess, bytes_)
-            step = int((limit - bytes_) / max(slope, 1))
-            # a little less than the line says: it is cheaper to come from below
-            ahead = max(1, int(0.98 * step)) if step > 8 else max(1, step)
-            guess = fits[0] + ahead
-            if fails is not None:
-                guess = min(guess, fails - 1)
         else:
-            fails = guess
-            guess = (fits[0] + fails) // 2 if fits[0] else max(fails // 2, 1)
-            if fails == 1:
-                break
+            slope = bytes_ / guess if fails is None else (fails[1] - bytes_) / (fails[0] - guess)
+            fails = (guess, bytes_)
+        line = fits[0] + int((limit - fits[1]) / slope) if slope > 0 else 2 * fits[0]
+        if fails is None:  # a little below the line, and never more than twice as far
+            below = int(0.99 * line)
+            guess = below if below > 1.01 * fits[0] else line
+            guess = min(max(fits[0] + 1, guess), 2 * fits[0], _MOST)
+        else:
+            middle = (fits[0] + fails[0]) // 2
+            inside = fits[0] < line < fails[0] and fails[0] - fits[0] > 8
+            guess = max(fits[0] + 1, line if inside else middle)
+            guess = min(guess, fails[0] - 1)
     return fits[0] * multiple, fits[1]
 
 
@@ -139,14 +144,16 @@ def _run() -> None:
     check_output("plot", _PLOT.value, (".png", ".pdf", ".svg"))
     if _BATCH.value is not None:
         config.batch_size = _BATCH.value
-    if _METHODS.value == []:
-        raise UserError("--methods= is empty; leave it out for the usual ones")
-    methods = _METHODS.value or fitting_methods(config, DEFAULT_METHODS)
+    methods = _METHODS.value
+    if methods is None:
+        methods = fitting_methods(config, DEFAULT_METHODS)
     if _MAX_BATCH.value != (_HBM.value is not None):
         raise UserError("--max-batch and --hbm go together: --max-batch --hbm=16GiB")
     hbm = parse_bytes(_HBM.value) if _HBM.value else 0
     variants = parse_variants(config, methods)
     configure_jax(config)
+    # the steps that measure the allocator's peak run in processes of their own
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     mesh = mesh_of(_TARGET.value, config.num_devices)
     silence_false_alarms(mesh)
     device = mesh.devices.flat[0].device_kind
@@ -165,7 +172,7 @@ def _run() -> None:
     if ":" not in _TARGET.value:
         for record, variant in zip(records, variants, strict=True):
             record["allocator_peak_bytes"] = peak = allocator_peak(
-                variant, mesh.size, _NUM_CLASSES.value
+                variant, mesh, _NUM_CLASSES.value
             )
             if peak is not None:
                 print(f"{variant.label}: the allocator's peak is {peak / 2**20:.0f} MiB")
@@ -180,26 +187,30 @@ def _print_largest(config: ConfigDict, methods: Sequence[str], mesh: Mesh, hbm: 
     print(f"the largest batch in {_HBM.value} a device", flush=True)
     found = []
     for method in methods:
+        (variant,) = parse_variants(config, [method])
+        start = variant.config.batch_size
 
-        def peak(batch: int, method: str = method) -> int:
-            config.batch_size = batch
-            (variant,) = parse_variants(config, [method])
+        def peak(batch: int, variant: Variant = variant) -> int:
+            variant.config.batch_size = batch
             row = analyse(variant, _TARGET.value, mesh, _NUM_CLASSES.value)
-            print(f"  {method}, batch {batch}: {row.peak_bytes / 2**20:.0f} MiB", flush=True)
+            print(f"  {variant.label}, batch {batch}: {row.peak_bytes / 2**20:.0f} MiB", flush=True)
             return row.peak_bytes
 
-        start = config.batch_size
-        (variant,) = parse_variants(config, [method])
         multiple = mesh.size * 8 * variant.config.micro_batches
         batch, bytes_ = largest_batch(peak, hbm, multiple=multiple, start=start)
-        config.batch_size = start
         found.append({"method": method, "batch": batch, "peak_bytes": bytes_})
         print(f"{method}: {batch or f'not even {multiple}'}", flush=True)
     write_json(json.dumps(found, indent=2) + "\n")
 
 
 def _table(name: str) -> Callable[[], None]:
-    return lambda: write_table(name, processes=_PROCESSES.value)
+    def run() -> None:
+        for flag in flags.FLAGS.get_key_flags_for_module(__name__):
+            if flag.present and flag.name != "processes":
+                raise UserError(f"{name} takes no --{flag.name}")
+        write_table(name, processes=_PROCESSES.value)
+
+    return run
 
 
 def main() -> None:

@@ -151,25 +151,31 @@ def write_table(table: str, *, processes: int) -> None:
     with refused_by_system(f"{RESULTS} cannot be written"):
         RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{table}.json"
-    known = {}
+    known: dict[str, dict[str, Any]] = {}
     if path.is_file():
-        for record in json.loads(path.read_text()):
-            del record["config"]
-            known[record["program"]] = record
+        known = {record["program"]: record for record in json.loads(path.read_text())}
     jobs, rows = jobs_of(table), {}
     progress = tqdm(total=len(jobs), desc=table, unit="step")
     for job, row in _compile_all(jobs, known, processes):
         rows[job] = row
         progress.set_postfix_str(f"{job.config} {job.method} {job.target}")
         progress.update()
-        _write(table, {job: rows[job] for job in jobs if job in rows}, path)
+        _write(table, {job: rows[job] for job in jobs if job in rows}, known, path)
     progress.close()
     print(f"{RESULTS}/{table}.json, .md, .png", file=sys.stderr)
 
 
-def _write(table: str, rows: dict[Job, Row], path: pathlib.Path) -> None:
+def _write(
+    table: str, rows: dict[Job, Row], known: dict[str, dict[str, Any]], path: pathlib.Path
+) -> None:
+    """Writes the rows that are done; what is known from before stays until all are."""
     records = [{"config": job.config, **dataclasses.asdict(row)} for job, row in rows.items()]
-    path.write_text(json.dumps(records, indent=1) + "\n")
+    if len(rows) < len(jobs_of(table)):
+        done = {record["program"] for record in records}
+        records += [record for digest, record in known.items() if digest not in done]
+    draft = path.with_suffix(".draft")
+    draft.write_text(json.dumps(records, indent=1) + "\n")
+    draft.replace(path)
     path.with_suffix(".md").write_text(as_markdown(table, rows))
     groups = {}
     for entry in TABLES[table]:

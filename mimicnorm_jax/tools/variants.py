@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from flax import nnx
 from ml_collections import ConfigDict
@@ -15,16 +17,22 @@ from mimicnorm_jax.models import BRANCHED
 from mimicnorm_jax.parallel import DATA_AXIS
 
 PLAIN = "plain"
+# what is the same for all variants of one report
+_OF_THE_RUN = ("method", "num_devices", "compilation_cache", "deterministic")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlainBatchNorm(BatchNorm):
-    """BatchNorm of Flax's own layers only: what shows that ours is no heavier.
+    """BatchNorm of Flax's own layers: what shows that ours is no heavier.
 
-    ``nnx.Conv`` and ``nnx.BatchNorm`` with this project's initial values.
+    ``nnx.Conv``, ``nnx.BatchNorm`` and ``nnx.relu`` in this project's networks, whose max-pools
+    it shares.
     """
 
     name = PLAIN
+
+    def activation(self, *, site: Site) -> Function:
+        return nnx.relu
 
     def conv(
         self,
@@ -88,13 +96,21 @@ def check_options(config: ConfigDict, methods: Sequence[str]) -> None:
     Raises:
       UserError: what does not fit.
     """
+    _check_some_method_has_the_options(config, methods)
+    for method in methods:
+        validate(with_method(config, method))
+
+
+def _check_some_method_has_the_options(config: ConfigDict, methods: Sequence[str]) -> None:
     for option, value in config.method_options.items():
         if value is not None and not any(option in options_of(method) for method in methods):
             raise UserError(
                 f"config.method_options.{option} does not apply to {' or '.join(methods)}"
             )
-    for method in methods:
-        validate(with_method(config, method))
+
+
+def _method_named(name: str) -> str:
+    return "batchnorm" if name == PLAIN else name
 
 
 def fitting_methods(config: ConfigDict, methods: Sequence[str]) -> list[str]:
@@ -114,30 +130,39 @@ def parse_variants(config: ConfigDict, labels: Sequence[str]) -> list[Variant]:
     Raises:
       UserError: an unknown method or field, or what does not fit.
     """
+    if not labels:
+        raise UserError("--methods= is empty; leave it out for the usual ones")
     names = [label.partition(":")[0] for label in labels]
     for name in names:
         if name not in METHODS and name != PLAIN:
             raise unknown("--methods", name, (*METHODS, PLAIN))
-    check_options(config, ["batchnorm" if name == PLAIN else name for name in names])
+    _check_some_method_has_the_options(config, [_method_named(name) for name in names])
     return [_variant(config, label) for label in dict.fromkeys(labels)]
+
+
+def _parse(label: str, field: str, value: str) -> Any:
+    """The value of a field that is a word, a number, or true or false."""
+    kind = FIELDS[field].kind or type(FIELDS[field].default)
+    if kind is bool and value in ("true", "false"):
+        return value == "true"
+    with contextlib.suppress(ValueError):
+        if kind in (str, int, float) and value:
+            return kind(value)
+    raise UserError(f"--methods={label}: {field}={value} sets no {kind.__name__}")
 
 
 def _variant(config: ConfigDict, label: str) -> Variant:
     name, *settings = label.split(":")
-    changed = with_method(config, "batchnorm" if name == PLAIN else name)
+    changed = with_method(config, _method_named(name))
+    allowed = [field for field in FIELDS if field not in _OF_THE_RUN]
     for setting in settings:
-        field, equals, value = setting.partition("=")
-        if field not in FIELDS:
-            raise unknown(f"field in --methods={label}:", field, FIELDS)
-        kind = FIELDS[field].kind or type(FIELDS[field].default)
-        try:
-            parsed = value if kind is str else kind(value) if equals and kind is not bool else None
-        except ValueError:
-            parsed = None
-        if parsed is None:
-            raise UserError(f"--methods={label}: {setting!r} sets no {kind.__name__}")
-        changed.update_from_flattened_dict({field: parsed})
+        field, _, value = setting.partition("=")
+        if field not in allowed:
+            raise unknown(f"field in --methods={label}:", field, allowed)
+        changed.update_from_flattened_dict({field: _parse(label, field, value)})
     validate(changed)
+    if name == PLAIN and changed.activation_storage != "full":
+        raise UserError(f"--methods={label}: Flax's own convolutions keep their inputs as they are")
     method = method_of(changed, axis_name=DATA_AXIS)
     if name == PLAIN:
         method = PlainBatchNorm(**vars(method))

@@ -52,7 +52,9 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, writes: bool = T
 
 def other_fields(workdir: pathlib.Path, config: ConfigDict) -> str:
     """In words, the first few fields in which the run in ``workdir`` is not one of ``config``."""
-    before, now = read_json(workdir / "config.json"), config_as_json(config)
+    # a run of an earlier version has the defaults of the fields that came later
+    before = config_as_json(default_config()) | read_json(workdir / "config.json")
+    now = config_as_json(config)
     differing = [
         f"config.{name} ({before.get(name)!r} there, {now.get(name)!r} now)"
         for name in sorted(before.keys() | now.keys())

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mimicnorm_jax import create_method, create_model
 from mimicnorm_jax.layers.remat import REMATS, run
 
 
@@ -60,3 +61,19 @@ def test_a_block_convolves_once_more_and_dots_saveable_does_not():
 
 def test_a_function_without_parameters_is_called():
     assert run(lambda x: 2 * x, jnp.ones(()), "block") == 2
+
+
+def test_networks_that_are_built_alike_have_the_same_structure():
+    def graph(**options):
+        method = create_method("mimicnorm", **options)
+        return nnx.graphdef(
+            nnx.eval_shape(
+                lambda: create_model(
+                    "resnet8", method=method, num_classes=10, image_size=8, rngs=nnx.Rngs(0)
+                )
+            )
+        )
+
+    for options in ({}, {"remat": "block", "activation_storage": "int8"}):
+        assert graph(**options) == graph(**options)
+    assert graph() != graph(remat="block")

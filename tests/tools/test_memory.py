@@ -89,11 +89,15 @@ def test_a_report_has_a_row_for_each_method(run_memory, tmp_path):
         (("--target=gpu",), "--target=gpu: there is none here"),
         (("--methods=mimicnorm:remat=al",), "unknown config.remat 'al'"),
         (("--methods=mimicnorm:rema=block",), "unknown field in --methods=mimicnorm:rema=block:"),
-        (("--methods=mimicnorm:epochs=x",), "'epochs=x' sets no float"),
+        (("--methods=mimicnorm:epochs=x",), "epochs=x sets no float"),
+        (("--methods=plain:method=fixup",), "unknown field in --methods=plain:method=fixup:"),
+        (("--methods=plain:activation_storage=int8",), "keep their inputs as they are"),
+        (("--methods=",), "--methods= is empty"),
         (("--methods=batchnrm",), "unknown --methods 'batchnrm' (did you mean 'batchnorm'?)"),
         (("--methods=batchnorm:micro_batches=2",), "normalize over the batch"),
         (("--max-batch",), "--max-batch and --hbm go together"),
         (("--max-batch", "--hbm=16"), "--hbm='16' is no size such as 16GiB"),
+        (("--max-batch", "--hbm=0GiB"), "--hbm='0GiB' is no size such as 16GiB"),
         (("--config.data.name=folder", "--config.data.dir=x"), "give --num-classes"),
         (("--config.num_devices=3",), "config.num_devices = 3, but cpu has only 1"),
     ],
@@ -105,10 +109,11 @@ def test_a_wrong_command_line_is_one_line(run_memory, arguments, message):
     assert message in line
 
 
-def test_a_table_takes_no_config(run_memory):
-    done = run_memory("table1", "--config=configs/digits_resnet20.py")
+@pytest.mark.parametrize("flag", ["--config=configs/digits_resnet20.py", "--batch=8"])
+def test_a_table_takes_no_config(run_memory, flag):
+    done = run_memory("table1", flag)
     assert done.returncode == 2
-    assert done.stderr.strip() == "error: table1 takes no --config"
+    assert done.stderr.strip() == f"error: table1 takes no {flag.partition('=')[0]}"
 
 
 def test_a_topology_needs_the_extra(monkeypatch):
@@ -147,19 +152,33 @@ def test_a_step_compiles_for_a_tpu_that_is_not_here(run_memory, tmp_path):
     assert row["roofline_s"] > 0 and row["peak_bytes"] > row["argument_bytes"]
 
 
-@pytest.mark.parametrize("limit", [99, 100, 1000, 12_345])
-def test_the_largest_batch_fits_and_the_next_does_not(limit):
+PEAKS = {
+    "line": lambda batch: 60 + 5 * batch,
+    "stairs": lambda batch: 60 + 5 * 128 * -(-batch // 128),
+    "bent": lambda batch: 60 + 5 * batch + (batch // 100) * 7 + batch**1.2,
+}
+
+
+@pytest.mark.parametrize("start", [8, 64, 4096])
+@pytest.mark.parametrize("limit", [99, 100, 1000, 12_345, 10**6])
+@pytest.mark.parametrize("form", PEAKS)
+def test_the_largest_batch_fits_and_the_next_does_not(form, limit, start):
     asked = []
 
     def peak(batch):
         asked.append(batch)
-        return 60 + 5 * batch + (batch // 100) * 7
+        return PEAKS[form](batch)
 
-    batch, bytes_ = largest_batch(peak, limit, multiple=8, start=64)
-    assert bytes_ == peak(batch) <= limit if batch else peak(8) > limit
+    batch, bytes_ = largest_batch(peak, limit, multiple=8, start=start)
     assert batch % 8 == 0
-    assert peak(batch + 8) > limit
-    assert len(asked) < 16
+    assert bytes_ == (PEAKS[form](batch) if batch else 0) <= limit
+    assert PEAKS[form](batch + 8) > limit
+    assert len(asked) < 32
+    assert max(asked) <= max(start, 2 * batch + 8)
+
+
+def test_the_search_ends_where_everything_fits():
+    assert largest_batch(lambda batch: 7, 10, multiple=1, start=64) == (2**20, 7)
 
 
 def test_sizes_are_read_with_their_unit():
