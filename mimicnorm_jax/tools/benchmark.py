@@ -31,7 +31,7 @@ from mimicnorm_jax.data.sources import EncodedSource
 from mimicnorm_jax.errors import refused_by_system
 from mimicnorm_jax.parallel import make_mesh, shard_batch
 from mimicnorm_jax.precision import resolve_precision
-from mimicnorm_jax.tools import benchmark_step, torch_networks
+from mimicnorm_jax.tools import benchmark_step, torch_networks, torch_step
 from mimicnorm_jax.tools.benchmark_runs import checkpoint_cost, time_startup
 from mimicnorm_jax.tools.benchmark_step import Speed, Timed, compare, prepare
 from mimicnorm_jax.tools.report import JSON, check_output, write_json
@@ -211,13 +211,13 @@ def _variants(config: ConfigDict, labels: Sequence[str]) -> list[Variant]:
     known = {variant.label: variant for variant in parse_variants(config, names)}
     for label, name in zip(labels, names, strict=True):
         if _in_torch(label):
-            torch_networks.check_variant(known[name])
+            torch_step.check_variant(known[name])
     return [known[name] for name in names]
 
 
 def _record(speed: Speed, timed: Timed) -> dict[str, Any]:
     record = dataclasses.asdict(speed)
-    if isinstance(timed, torch_networks.TorchStep):
+    if isinstance(timed, torch_step.TorchStep):
         record |= {"compiled": timed.compiled, "allocator_peak_bytes": timed.peak_bytes()}
     return record
 
@@ -237,7 +237,7 @@ def _step() -> None:
     title = f"{config.network}, {config.data.image_size} pixels, {mesh.size} x {device}"
     print(f"{title}\ncompiling {len(variants)} training steps …", flush=True)
     timed = [
-        (torch_networks.prepare_variant if _in_torch(label) else prepare)(
+        (torch_step.prepare_variant if _in_torch(label) else prepare)(
             variant, mesh, _NUM_CLASSES.value
         )
         for label, variant in zip(labels, variants, strict=True)

@@ -6,7 +6,7 @@ from flax import nnx
 
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.models import create_model
-from mimicnorm_jax.tools import torch_networks
+from mimicnorm_jax.tools import torch_networks, torch_step
 
 torch = pytest.importorskip("torch")
 
@@ -40,13 +40,13 @@ def test_a_narrow_network_maps_images_to_logits(network, image_size):
     assert model(torch.zeros(2, 1, image_size, image_size)).shape == (2, 7)
 
 
-@pytest.mark.parametrize("precision", torch_networks.PRECISIONS)
+@pytest.mark.parametrize("precision", torch_step.PRECISIONS)
 def test_training_lowers_the_loss(precision):
     torch.manual_seed(0)
     model = torch_networks.create_network("resnet18", "batchnorm", **TINY)
-    step = torch_networks.make_step(
+    step = torch_step.make_step(
         model.to(memory_format=torch.channels_last),
-        torch_networks.make_loss(model, "cpu", precision),
+        torch_step.make_loss(model, "cpu", precision),
         torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8),
         torch.randint(0, 10, (8,)),
         learning_rate=0.05,
@@ -57,7 +57,7 @@ def test_training_lowers_the_loss(precision):
 
 
 def test_a_step_is_timed():
-    timed = torch_networks.prepare(
+    timed = torch_step.prepare(
         *("resnet18", "nonorm"),
         **TINY,
         channels=3,
