@@ -34,7 +34,15 @@ from mimicnorm_jax.precision import resolve_precision
 from mimicnorm_jax.tools import benchmark_step, torch_networks, torch_step
 from mimicnorm_jax.tools.benchmark_runs import checkpoint_cost, time_startup
 from mimicnorm_jax.tools.benchmark_step import Speed, Timed, compare, prepare
-from mimicnorm_jax.tools.report import JSON, check_output, write_json
+from mimicnorm_jax.tools.report import (
+    BATCH,
+    COMPARED,
+    JSON,
+    NUM_CLASSES,
+    PLOT,
+    check_output,
+    write_json,
+)
 from mimicnorm_jax.tools.variants import Variant, parse_variants
 from mimicnorm_jax.train.progress import Throughput
 from mimicnorm_jax.train.setup import Experiment, configure_jax, set_up, silence_false_alarms
@@ -43,16 +51,7 @@ _SECONDS = flags.DEFINE_float("seconds", 3.0, "How long each stage, or a turn, i
 _STEPS = flags.DEFINE_integer("steps", 20, "Training steps to time; 0 leaves them out (input).", 0)
 
 _REPEATS = flags.DEFINE_integer("repeats", 3, "startup: starts with a warm cache.", 1)
-_METHODS = flags.DEFINE_list(
-    "methods",
-    ["batchnorm", "mimicnorm", "nonorm"],
-    "step: what to compare, as for tools.memory; ratios are to the first. torch:batchnorm and "
-    "torch:nonorm are the same in PyTorch, if that is installed.",
-)
-_BATCH = flags.DEFINE_integer("batch", None, "step: examples in a step.", 1)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "step: how often each method gets its turn.", 1)
-_NUM_CLASSES = flags.DEFINE_integer("num-classes", None, "step: where the data do not tell.", 2)
-_PLOT = flags.DEFINE_string("plot", None, "step: where a picture goes; unset for none.")
 _PAIRS = flags.DEFINE_integer("pairs", 12, "checkpoint: pairs of segments of --steps steps.", 2)
 
 _EXAMPLES = 256  # that are read and decoded again and again
@@ -224,12 +223,13 @@ def _record(speed: Speed, timed: Timed) -> dict[str, Any]:
 
 def _step() -> None:
     check_output("json", JSON.value, (".json",))
-    check_output("plot", _PLOT.value, (".png", ".pdf", ".svg"))
+    check_output("plot", PLOT.value, (".png", ".pdf", ".svg"))
     config = command_line.config()
-    if _BATCH.value is not None:
-        config.batch_size = _BATCH.value
+    if BATCH.value is not None:
+        config.batch_size = BATCH.value
     configure_jax(config)
-    labels = list(dict.fromkeys(_METHODS.value))
+    chosen = ["batchnorm", "mimicnorm", "nonorm"] if COMPARED.value is None else COMPARED.value
+    labels = list(dict.fromkeys(chosen))
     variants = _variants(config, labels)
     mesh = make_mesh(config.num_devices)
     silence_false_alarms(mesh)
@@ -238,7 +238,7 @@ def _step() -> None:
     print(f"{title}\ncompiling {len(variants)} training steps …", flush=True)
     timed = [
         (torch_step.prepare_variant if _in_torch(label) else prepare)(
-            variant, mesh, _NUM_CLASSES.value
+            variant, mesh, NUM_CLASSES.value
         )
         for label, variant in zip(labels, variants, strict=True)
     ]
@@ -264,10 +264,10 @@ def _step() -> None:
         "methods": [_record(*pair) for pair in zip(speeds, timed, strict=True)],
     }
     write_json(json.dumps(report, indent=2) + "\n")
-    if _PLOT.value:
-        with refused_by_system(f"--plot={_PLOT.value} cannot be written"):
-            benchmark_step.plot(speeds, pathlib.Path(_PLOT.value), title)
-        print(f"picture: {_PLOT.value}")
+    if PLOT.value:
+        with refused_by_system(f"--plot={PLOT.value} cannot be written"):
+            benchmark_step.plot(speeds, pathlib.Path(PLOT.value), title)
+        print(f"picture: {PLOT.value}")
 
 
 def _startup() -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -26,15 +25,12 @@ from mimicnorm_jax.layers import cross_entropy
 from mimicnorm_jax.layers.storage import STORAGES
 from mimicnorm_jax.models import create_model
 from mimicnorm_jax.precision import resolve_precision
-from mimicnorm_jax.tools.report import JSON, check_output, write_json
+from mimicnorm_jax.tools.report import CHECKPOINT, IMAGES, JSON, check_output, write_json
 from mimicnorm_jax.tools.restored import restore
 from mimicnorm_jax.train.optim import parameter_name
 from mimicnorm_jax.train.program import network_arguments
 from mimicnorm_jax.train.setup import configure_jax, images_of
 from mimicnorm_jax.train.state import split_network
-
-_IMAGES = flags.DEFINE_integer("images", 256, "Training images of the batch.", 2)
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Take the latest state of this run.")
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -111,10 +107,10 @@ def gradient_errors(
 
 def _run() -> None:
     check_output("json", JSON.value, (".json",))
-    checkpoint = None if _CHECKPOINT.value is None else pathlib.Path(_CHECKPOINT.value)
-    config = command_line.config()
+    checkpoint = None if CHECKPOINT.value is None else pathlib.Path(CHECKPOINT.value)
+    config, images = command_line.config(), IMAGES.value or 256
     print("compiling the gradient three times …", flush=True)
-    errors = gradient_errors(config, images=_IMAGES.value, checkpoint=checkpoint)
+    errors = gradient_errors(config, images=images, checkpoint=checkpoint)
     names = list(next(iter(errors.values())))
     width = max(map(len, names)) + 2
     print(f"{'cosine to the exact gradient':<{width}}" + "".join(f"{s:>10}" for s in errors))
@@ -123,7 +119,7 @@ def _run() -> None:
         print(f"{name:<{width}}{cells}")
     least = "".join(f"{np.min(list(of_one.values())):>10.5f}" for of_one in errors.values())
     print(f"{'least':<{width}}{least}")
-    report = {"config": command_line.config_path(), "images": _IMAGES.value, "cosines": errors}
+    report = {"config": command_line.config_path(), "images": images, "cosines": errors}
     write_json(json.dumps(report, indent=1) + "\n")
 
 

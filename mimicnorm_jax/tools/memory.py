@@ -28,22 +28,20 @@ from mimicnorm_jax.tools.allocator import allocator_peak
 from mimicnorm_jax.tools.compiled import Row, analyse
 from mimicnorm_jax.tools.memory_plot import plot
 from mimicnorm_jax.tools.memory_tables import TABLES, write_table
-from mimicnorm_jax.tools.report import JSON, check_output, write_json
+from mimicnorm_jax.tools.report import (
+    BATCH,
+    COMPARED,
+    JSON,
+    NUM_CLASSES,
+    PLOT,
+    check_output,
+    write_json,
+)
 from mimicnorm_jax.tools.targets import mesh_of
 from mimicnorm_jax.tools.variants import Variant, fitting_methods, parse_variants
 from mimicnorm_jax.train.setup import configure_jax, silence_false_alarms
 
-_METHODS = flags.DEFINE_list(
-    "methods",
-    None,
-    "What to compare: methods, or plain (Flax's own layers with BatchNorm), each with fields to "
-    "set after colons, such as mimicnorm:remat=block. Default: batchnorm, mimicnorm, nonorm, and "
-    "fixup where it fits.",
-)
 _TARGET = flags.DEFINE_string("target", "cpu", "cpu, gpu, tpu, or a topology: tpu:v5e:2x2.")
-_BATCH = flags.DEFINE_integer("batch", None, "Examples in a step, over all devices.", 1)
-_NUM_CLASSES = flags.DEFINE_integer("num-classes", None, "Where the data set does not tell.", 2)
-_PLOT = flags.DEFINE_string("plot", None, "Where a picture goes; unset for none.")
 _MAX_BATCH = flags.DEFINE_bool("max-batch", False, "Find the largest batch that fits --hbm.")
 _HBM = flags.DEFINE_string("hbm", None, "Memory of a device, such as 16GiB.")
 _PROCESSES = flags.DEFINE_integer("processes", 1, "table: compilations at a time.", 1)
@@ -141,10 +139,10 @@ def report(
 def _run() -> None:
     config = command_line.config()
     check_output("json", JSON.value, (".json",))
-    check_output("plot", _PLOT.value, (".png", ".pdf", ".svg"))
-    if _BATCH.value is not None:
-        config.batch_size = _BATCH.value
-    methods = _METHODS.value
+    check_output("plot", PLOT.value, (".png", ".pdf", ".svg"))
+    if BATCH.value is not None:
+        config.batch_size = BATCH.value
+    methods = COMPARED.value
     if methods is None:
         methods = fitting_methods(config, DEFAULT_METHODS)
     if _MAX_BATCH.value != (_HBM.value is not None):
@@ -164,23 +162,21 @@ def _run() -> None:
     print(f"batch {config.batch_size}; compiling {len(variants)} steps …", flush=True)
     print(HEADER, flush=True)
     rows: list[Row] = []
-    for row in report(config, methods, _TARGET.value, mesh, _NUM_CLASSES.value):
+    for row in report(config, methods, _TARGET.value, mesh, NUM_CLASSES.value):
         rows.append(row)
         baseline = next((r for r in rows if r.method == "batchnorm"), None)
         print(line(row, baseline), flush=True)
     records = [dataclasses.asdict(row) for row in rows]
     if ":" not in _TARGET.value:
         for record, variant in zip(records, variants, strict=True):
-            record["allocator_peak_bytes"] = peak = allocator_peak(
-                variant, mesh, _NUM_CLASSES.value
-            )
+            record["allocator_peak_bytes"] = peak = allocator_peak(variant, mesh, NUM_CLASSES.value)
             if peak is not None:
                 print(f"{variant.label}: the allocator's peak is {peak / 2**20:.0f} MiB")
     write_json(json.dumps(records, indent=2) + "\n")
-    if _PLOT.value:
-        with refused_by_system(f"--plot={_PLOT.value} cannot be written"):
-            plot({f"{config.network}, batch {config.batch_size}": rows}, pathlib.Path(_PLOT.value))
-        print(f"picture: {_PLOT.value}")
+    if PLOT.value:
+        with refused_by_system(f"--plot={PLOT.value} cannot be written"):
+            plot({f"{config.network}, batch {config.batch_size}": rows}, pathlib.Path(PLOT.value))
+        print(f"picture: {PLOT.value}")
 
 
 def _print_largest(config: ConfigDict, methods: Sequence[str], mesh: Mesh, hbm: int) -> None:
@@ -192,7 +188,7 @@ def _print_largest(config: ConfigDict, methods: Sequence[str], mesh: Mesh, hbm: 
 
         def peak(batch: int, variant: Variant = variant) -> int:
             variant.config.batch_size = batch
-            row = analyse(variant, _TARGET.value, mesh, _NUM_CLASSES.value)
+            row = analyse(variant, _TARGET.value, mesh, NUM_CLASSES.value)
             print(f"  {variant.label}, batch {batch}: {row.peak_bytes / 2**20:.0f} MiB", flush=True)
             return row.peak_bytes
 
@@ -205,8 +201,8 @@ def _print_largest(config: ConfigDict, methods: Sequence[str], mesh: Mesh, hbm: 
 
 def _table(name: str) -> Callable[[], None]:
     def run() -> None:
-        for flag in flags.FLAGS.get_key_flags_for_module(__name__):
-            if flag.present and flag.name != "processes":
+        for flag in (COMPARED, BATCH, NUM_CLASSES, JSON, PLOT, _TARGET, _MAX_BATCH, _HBM):
+            if flag.present:
                 raise UserError(f"{name} takes no --{flag.name}")
         write_table(name, processes=_PROCESSES.value)
 

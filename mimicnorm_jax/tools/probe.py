@@ -35,19 +35,23 @@ from mimicnorm_jax.methods import METHODS
 from mimicnorm_jax.precision import resolve_precision
 from mimicnorm_jax.theory import Layer, Probe
 from mimicnorm_jax.tools.probe_plot import plot
-from mimicnorm_jax.tools.report import JSON, check_output, write_json
+from mimicnorm_jax.tools.report import (
+    CHECKPOINT,
+    COMPARED,
+    IMAGES,
+    JSON,
+    PLOT,
+    check_output,
+    write_json,
+)
 from mimicnorm_jax.tools.restored import restore
 from mimicnorm_jax.tools.variants import check_options, with_method
 from mimicnorm_jax.train.program import network_arguments
 from mimicnorm_jax.train.setup import configure_jax, images_of
 
-_METHODS = flags.DEFINE_list("methods", None, "Methods to compare (default: config.method).")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Probe the latest state of this run.")
-_IMAGES = flags.DEFINE_integer("images", 32, "Training images to look at.", 2)
 _DRAWS = flags.DEFINE_integer(
     "draws", 1, "Initializations to average over; the gradient is of the first.", 1
 )
-_PLOT = flags.DEFINE_string("plot", "probe.png", "Where the picture goes; empty for none.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,26 +196,28 @@ def _rounded(value: Any) -> Any:
 
 def _run() -> None:
     config = command_line.config()
-    if _METHODS.value == []:
+    images = IMAGES.value or 32
+    picture = "probe.png" if PLOT.value is None else PLOT.value
+    if COMPARED.value == []:
         raise UserError("--methods= is empty; leave it out for config.method")
-    methods = list(dict.fromkeys(_METHODS.value or [config.method]))
+    methods = list(dict.fromkeys(COMPARED.value or [config.method]))
     for method in methods:
         if method not in METHODS:
             raise unknown("--methods", method, METHODS)
-    checkpoint = None if _CHECKPOINT.value is None else pathlib.Path(_CHECKPOINT.value)
-    if checkpoint is not None and (_METHODS.value or _DRAWS.value > 1):
+    checkpoint = None if CHECKPOINT.value is None else pathlib.Path(CHECKPOINT.value)
+    if checkpoint is not None and (COMPARED.value or _DRAWS.value > 1):
         raise UserError("--checkpoint is one state of one method; leave out --methods and --draws")
-    check_output("plot", _PLOT.value, (".png", ".pdf", ".svg"))
+    check_output("plot", picture, (".png", ".pdf", ".svg"))
     check_output("json", JSON.value, (".json",))
-    rows = probe(config, methods, images=_IMAGES.value, draws=_DRAWS.value, checkpoint=checkpoint)
+    rows = probe(config, methods, images=images, draws=_DRAWS.value, checkpoint=checkpoint)
     print(table(rows, columns=shutil.get_terminal_size((200, 0)).columns))
     write_json(as_json(rows))
-    if _PLOT.value:
+    if picture:
         state = f"of {checkpoint}" if checkpoint else "at initialization"
-        title = f"{config.network} {state}, {_IMAGES.value} images"
-        with refused_by_system(f"--plot={_PLOT.value} cannot be written"):
-            plot(rows, pathlib.Path(_PLOT.value), title)
-        print(f"picture: {_PLOT.value}")
+        title = f"{config.network} {state}, {images} images"
+        with refused_by_system(f"--plot={picture} cannot be written"):
+            plot(rows, pathlib.Path(picture), title)
+        print(f"picture: {picture}")
 
 
 def main() -> None:

@@ -9,7 +9,21 @@ from absl import flags
 
 from mimicnorm_jax.errors import UserError, refused_by_system
 
+# Flags of several programs, which one process may import.
 JSON = flags.DEFINE_string("json", None, "Where the numbers go; unset for nowhere.")
+PLOT = flags.DEFINE_string("plot", None, "Where a picture goes (probe: probe.png; empty for none).")
+COMPARED = flags.DEFINE_list(
+    "methods",
+    None,
+    "What to compare. probe: methods (default: config.method). memory and benchmark: methods, or "
+    "plain (Flax's own layers with BatchNorm), each with fields to set after colons, such as "
+    "mimicnorm:remat=block; by default batchnorm, mimicnorm, nonorm, and for memory fixup where it "
+    "fits. benchmark: also torch:batchnorm and torch:nonorm; ratios are to the first.",
+)
+BATCH = flags.DEFINE_integer("batch", None, "Examples in a step, over all devices.", 1)
+NUM_CLASSES = flags.DEFINE_integer("num-classes", None, "Where the data set does not tell.", 2)
+IMAGES = flags.DEFINE_integer("images", None, "Images (probe: 32, gradient_error: 256).", 2)
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Look into the latest state of this run.")
 
 
 def check_output(name: str, path: str | None, endings: Sequence[str]) -> None:

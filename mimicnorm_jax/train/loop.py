@@ -245,8 +245,7 @@ class _Loop:
                 yield batch
 
     def _advance(self, batch: Any) -> None:
-        with jax.transfer_guard("disallow"):  # nothing waits unseen for the host
-            self._state, metrics = self._experiment.train_step(self._state, batch)
+        self._state, metrics = self._experiment.train_step(self._state, batch)
         self._host = self._evaluation = None
         self._in_flight.append(metrics)
         self._step += 1
