@@ -73,8 +73,7 @@ def test_a_report_has_a_row_for_each_method(run_memory, tmp_path):
     assert [row["method"] for row in rows] == ["batchnorm", "mimicnorm:remat=block", "plain"]
     for row in rows:
         assert row["batch"] == 16 and row["target"] == "cpu" and row["precision"] == "float32"
-        state_and_batch = row["state_bytes"] + 16 * (32 * 32 + 4)
-        assert state_and_batch <= row["argument_bytes"] <= 1.2 * state_and_batch
+        assert row["state_bytes"] < row["argument_bytes"] < row["peak_bytes"]
         assert row["peak_bytes"] == row["argument_bytes"] + row["activation_bytes"]
         assert row["temp_bytes"] > 0 and row["flops"] > 0 and row["bytes_accessed"] > 0
         assert row["allocator_peak_bytes"] is None  # XLA's CPU backend counts nothing
