@@ -79,16 +79,12 @@ def run_program(
     programs = program if isinstance(program, Mapping) else {"": program}
 
     def parse(argv: list[str]) -> list[str]:
-        name, *rest = [*_parse(argv)[1:]] or [""]
-        if not isinstance(program, Mapping):
-            name, rest = "", [name, *rest] if name else []
+        rest = _parse(argv)[1:]
+        name = rest.pop(0) if rest and isinstance(program, Mapping) else ""
         if name not in programs:
-            allowed = [known for known in programs if known]
-            raise (
-                unknown("command", name, allowed)
-                if name
-                else UserError(f"say which: {', '.join(allowed)}")
-            )
+            if not name:
+                raise UserError(f"say which: {', '.join(programs)}")
+            raise unknown("command", name, [known for known in programs if known])
         if name in without_config:
             if _CONFIG.value is not None:
                 raise UserError(f"{name} takes no --config")

@@ -12,7 +12,7 @@ from jax import lax
 def axes_of(x: jax.Array) -> frozenset[str]:
     """Names of the mesh axes over whose devices an array may differ."""
     kind: Any = jax.typeof(x)
-    # the first until JAX 0.9
+    # JAX 0.8 has the first, 0.10 the second
     return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying
 
 

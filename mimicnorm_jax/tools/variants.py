@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import nnx
@@ -34,30 +35,9 @@ class PlainBatchNorm(BatchNorm):
     def activation(self, *, site: Site) -> Function:
         return nnx.relu
 
-    def conv(
-        self,
-        in_features: int,
-        out_features: int,
-        kernel_size: tuple[int, int],
-        *,
-        site: Site,
-        strides: int = 1,
-        padding: int = 0,
-        feature_group_count: int = 1,
-        rngs: nnx.Rngs,
-    ) -> Function:
-        return nnx.Conv(
-            in_features,
-            out_features,
-            kernel_size,
-            strides,
-            padding=padding,
-            feature_group_count=feature_group_count,
-            use_bias=self.use_bias(site),
-            dtype=self.precision.dtype,
-            param_dtype=self.precision.param_dtype,
-            rngs=rngs,
-        )
+    def conv_layer(self, fan_in: int, site: Site) -> Callable[..., Function]:
+        ours: Any = super().conv_layer(fan_in, site)
+        return functools.partial(nnx.Conv, **ours.keywords)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -117,3 +117,36 @@ def test_on_cpu_the_input_is_not_transposed_before_its_gradient_is_due():
         return jax.jit(jax.grad(loss)).lower(kernels).compile().memory_analysis().temp_size_in_bytes
 
     assert memory(convolve) < 0.8 * memory(reference)
+
+
+def test_a_tpu_takes_for_the_kernel_gradient_what_its_convolution_takes(monkeypatch):
+    """bfloat16 of a float32 input, and everybody else the input itself."""
+    x, kernel = operands((5, 5), (3, 3), 4, dtype=jnp.float32)
+    geometry = CASES["3x3"][3]
+
+    def kernel_gradient(x):
+        return jax.grad(lambda k: jnp.sum(jnp.sin(convolve(x, k, geometry))))(kernel)
+
+    exact = kernel_gradient(x)
+
+    def on_tpu(*operands, default, tpu=None, **_):
+        return (tpu or default)(*operands)
+
+    monkeypatch.setattr(lax, "platform_dependent", on_tpu)
+    narrow = x.astype(jnp.bfloat16).astype(jnp.float32)
+    cotangent = jnp.cos(reference(x, kernel, geometry))
+    expected = jax.vjp(lambda k: reference(narrow, k, geometry), kernel)[1](cotangent)[0]
+    np.testing.assert_allclose(kernel_gradient(x), expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(expected - exact).max() > 1e-3
+
+
+def test_what_a_tpu_keeps_of_float32_is_bfloat16_in_its_program_only():
+    x, kernel = operands((5, 5), (3, 3), 4, dtype=jnp.float32)
+    geometry = CASES["3x3"][3]
+    gradient = jax.jit(jax.grad(lambda k: jnp.sum(jnp.sin(convolve(x, k, geometry)))))
+    traced = gradient.trace(kernel)
+    uses = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text().count("xbf16>) -> tensor")
+        for platform in ("tpu", "cpu")
+    }
+    assert uses["tpu"] > uses["cpu"] == 0

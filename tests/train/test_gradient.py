@@ -1,11 +1,16 @@
 """Micro-batches have the gradient of the whole batch; so have codes, whatever the devices."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.train import gradient, step
+from mimicnorm_jax.train.provenance import config_as_json
 from mimicnorm_jax.train.setup import set_up
+from mimicnorm_jax.train.workdir import other_fields
 from tests.train.test_step import relative_difference, train
 
 # (devices, micro-batches on each)
@@ -38,6 +43,20 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole(name, tiny_config, floa
             assert relative_difference(*(state.batch_stats for state in states)) < 1e-9
 
 
+def test_a_loop_over_the_parts_as_on_a_gpu_gives_the_same(tiny_config, float64, monkeypatch):
+    common = {"precision": "float64", "learning_rate": 0.02}
+    whole = train(tiny_config(**common), 2)
+
+    def looped(*arguments, unroll, **options):
+        assert unroll  # what this machine would do
+        return gradient.in_micro_batches(*arguments, unroll=False, **options)
+
+    monkeypatch.setattr(step, "in_micro_batches", looped)
+    divided = train(tiny_config(**common, num_devices=2, micro_batches=2), 2)
+    np.testing.assert_allclose(divided.losses, whole.losses, rtol=1e-9)
+    assert relative_difference(divided.gradient, whole.gradient) < 1e-9
+
+
 @pytest.mark.parametrize("storage", ["int8", "int4"])
 def test_codes_do_not_depend_on_devices_parts_or_what_is_computed_again(
     storage, tiny_config, float64
@@ -65,3 +84,11 @@ def test_what_cannot_be_is_one_line(overrides, message, tiny_config):
     with pytest.raises(UserError, match=message) as error:
         set_up(tiny_config(**overrides))
     assert "\n" not in str(error.value)
+
+
+def test_a_run_from_before_a_field_existed_has_its_default(tiny_config, tmp_path):
+    fields = config_as_json(tiny_config())
+    del fields["remat"], fields["activation_storage"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert other_fields(tmp_path, tiny_config()) == ""
+    assert "config.remat ('none' there" in other_fields(tmp_path, tiny_config(remat="block"))
