@@ -54,8 +54,9 @@ def convolve(
       offset: a scalar that is added to the input before it is padded.
       codec: how the input is kept for the backward pass; None: as it is.
     """
-    # A custom derivative does not sum over the devices what they share; a cast does.
     shared = _Shared(kernel, scale, offset)
+    # Under shard_map: the forms of the derivative for several backends must agree in what may
+    # differ between devices. The derivative of the cast sums over those that share an operand.
     axes = frozenset().union(*(axes_of(leaf) for leaf in jax.tree.leaves((x, shared))))
     return _convolve(*as_varying((x, shared), axes), geometry, codec)
 

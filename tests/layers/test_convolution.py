@@ -81,14 +81,33 @@ def test_the_gradient_of_a_shared_kernel_is_summed_over_the_devices(case, codec,
     x = jax.random.normal(jax.random.key(0), (8, *extents, 4), jnp.float64)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
-    def loss(kernel, x):
-        return jnp.sum(jnp.sin(convolve(x, kernel, geometry, codec=codec)))
+    def loss(operands, x):
+        kernel, scale = operands
+        return jnp.sum(jnp.sin(convolve(x, kernel, geometry, scale=scale, codec=codec)))
 
-    def shared(kernel, x):
-        return jax.grad(lambda k: lax.psum(loss(k, x), "data"))(kernel)
+    def shared(operands, x):
+        return jax.grad(lambda o: lax.psum(loss(o, x), "data"))(operands)
 
     mapped = jax.jit(jax.shard_map(shared, mesh=mesh, in_specs=(P(), P("data")), out_specs=P()))
-    np.testing.assert_allclose(mapped(kernel, x), jax.grad(loss)(kernel, x), rtol=1e-10, atol=1e-10)
+    operands_ = (kernel, jnp.asarray(0.7))
+    for ours, theirs in zip(mapped(operands_, x), jax.grad(loss)(operands_, x), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_a_kernel_spread_over_devices_that_share_the_input(float64):
+    """As with tensor parallelism: every device has some of the output channels."""
+    x, kernel = operands((5, 5), (3, 3), 4)
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def loss(x, kernel):
+        return jnp.sum(jnp.sin(convolve(x, kernel, CASES["3x3"][3])))
+
+    def spread(x, kernel):
+        return jax.grad(lambda x: lax.psum(loss(x, kernel), "model"))(x)
+
+    specs = (P(), P(None, None, None, "model"))
+    mapped = jax.jit(jax.shard_map(spread, mesh=mesh, in_specs=specs, out_specs=P()))
+    np.testing.assert_allclose(mapped(x, kernel), jax.grad(loss)(x, kernel), rtol=1e-10)
 
 
 def test_on_cpu_neither_1x1_nor_small_images_reach_the_slow_convolutions():

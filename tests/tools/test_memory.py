@@ -225,6 +225,26 @@ def test_a_table_has_the_papers_saving_beside_ours(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "table1.json").read_text()) == records
 
 
+def test_an_interrupted_table_keeps_what_the_file_had(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(memory_tables, "RESULTS", tmp_path)
+    (row,) = rows_of("mlp", ["batchnorm"], batch=4).values()
+    others = [{"config": "other", **dataclasses.asdict(row), "program": str(i)} for i in range(3)]
+    (tmp_path / "table1.json").write_text(json.dumps(others))
+    done = [row]
+
+    def compile_job(job, known):
+        if not done:
+            raise KeyboardInterrupt
+        return done.pop()
+
+    monkeypatch.setattr(memory_tables, "compile_job", compile_job)
+    with pytest.raises(KeyboardInterrupt):
+        memory_tables.write_table("table1", processes=1)
+    programs = [r["program"] for r in json.loads((tmp_path / "table1.json").read_text())]
+    assert programs == [row.program, "0", "1", "2"]
+
+
 def test_the_markdown_of_an_unfinished_table_leaves_out_what_is_missing():
     (row,) = rows_of("mlp", ["batchnorm"], batch=4).values()
     job = Job("cifar100_vgg11", 256, "batchnorm", TPU)
