@@ -17,19 +17,15 @@ from ml_collections import ConfigDict
 
 from mimicnorm_jax import command_line
 from mimicnorm_jax.config import method_of, validate
-from mimicnorm_jax.data.augment import example_keys, normalize
-from mimicnorm_jax.data.pipeline import Pipeline
-from mimicnorm_jax.data.splits import open_splits
-from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.data.augment import example_keys
 from mimicnorm_jax.layers import cross_entropy
 from mimicnorm_jax.layers.storage import STORAGES
 from mimicnorm_jax.models import create_model
-from mimicnorm_jax.precision import resolve_precision
+from mimicnorm_jax.tools.inspected import restore, training_images
 from mimicnorm_jax.tools.report import CHECKPOINT, IMAGES, JSON, check_output, write_json
-from mimicnorm_jax.tools.restored import restore
 from mimicnorm_jax.train.optim import parameter_name
 from mimicnorm_jax.train.program import network_arguments
-from mimicnorm_jax.train.setup import configure_jax, images_of
+from mimicnorm_jax.train.setup import configure_jax
 from mimicnorm_jax.train.state import split_network
 
 
@@ -57,17 +53,7 @@ def gradient_errors(
     """
     validate(config)
     configure_jax(config)
-    train, _ = open_splits(config.data)
-    if images > len(train):
-        raise UserError(f"--images={images} is more than the {len(train)} training images")
-    known = images_of(config, train)
-    batch = Pipeline(train, batch_size=images, seed=config.seed).batch(0)
-    inputs = normalize(
-        jnp.asarray(batch["image"]),
-        mean=known.mean,
-        std=known.std,
-        dtype=resolve_precision(config.precision).dtype,
-    )
+    known, inputs, labels = training_images(config, images)
     keys = example_keys(config.seed, jnp.zeros((), jnp.int32), jnp.arange(images))
     state = None if checkpoint is None else restore(config, checkpoint)
     gradients = {}
@@ -88,7 +74,7 @@ def gradient_errors(
 
         def loss(params: Any, stats: Any, network: Any = network) -> jax.Array:
             logits, _ = network.apply_train(params, stats, inputs, keys)
-            return cross_entropy(logits, jnp.asarray(batch["label"])).mean()
+            return cross_entropy(logits, labels).mean()
 
         gradients[storage] = jax.jit(jax.grad(loss))(params, stats)
     exact = jax.tree_util.tree_leaves_with_path(gradients["full"])

@@ -19,7 +19,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
@@ -27,13 +26,10 @@ from tqdm import tqdm
 
 from mimicnorm_jax import command_line
 from mimicnorm_jax.config import method_of
-from mimicnorm_jax.data.augment import normalize
-from mimicnorm_jax.data.pipeline import Pipeline
-from mimicnorm_jax.data.splits import open_splits
 from mimicnorm_jax.errors import UserError, refused_by_system, unknown
 from mimicnorm_jax.methods import METHODS
-from mimicnorm_jax.precision import resolve_precision
 from mimicnorm_jax.theory import Layer, Probe
+from mimicnorm_jax.tools.inspected import restore, training_images
 from mimicnorm_jax.tools.probe_plot import plot
 from mimicnorm_jax.tools.report import (
     CHECKPOINT,
@@ -44,10 +40,9 @@ from mimicnorm_jax.tools.report import (
     check_output,
     write_json,
 )
-from mimicnorm_jax.tools.restored import restore
 from mimicnorm_jax.tools.variants import check_options, with_method
 from mimicnorm_jax.train.program import network_arguments
-from mimicnorm_jax.train.setup import configure_jax, images_of
+from mimicnorm_jax.train.setup import configure_jax
 
 _DRAWS = flags.DEFINE_integer(
     "draws", 1, "Initializations to average over; the gradient is of the first.", 1
@@ -115,14 +110,7 @@ def probe(
     check_options(config, methods)
     configure_jax(config)
     trained = None if checkpoint is None else restore(config, checkpoint).evaluated_params
-    train, _ = open_splits(config.data)
-    if images > len(train):
-        raise UserError(f"--images={images} is more than the {len(train)} training images")
-    batch = Pipeline(train, batch_size=images, seed=config.seed).batch(0)
-    dtype = resolve_precision(config.precision).dtype
-    known = images_of(config, train)
-    inputs = normalize(jnp.asarray(batch["image"]), mean=known.mean, std=known.std, dtype=dtype)
-    labels = jnp.asarray(batch["label"])
+    known, inputs, labels = training_images(config, images)
     arguments = network_arguments(config, known)
     rows = {}
     progress = tqdm(total=len(methods) * draws, desc="probing", disable=not sys.stderr.isatty())
