@@ -104,7 +104,8 @@ def run_program(
     except UserError as error:
         _fail(Failure(2, str(error)))
     except RunError as error:
-        _fail(Failure(1, str(error)))
+        # at an ordinary exit Orbax's threads wait ten minutes for a save that has failed
+        coordination.fail(Failure(1, str(error)))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python fails once more when it ends
         _fail(Failure(1, "what was reading the output has ended"))

@@ -154,10 +154,10 @@ def _tell(directory: str, value: Any) -> None:
 
 
 def fail(failure: Failure) -> NoReturn:
-    """Ends this process of a run of several, and tells the others why.
+    """Ends this process, and tells the others of its run, if there are any, why.
 
     Says it unless process 0 says the same. Not an ordinary exit: at that JAX would wait for
-    processes that do not come.
+    processes that do not come, and Python for threads that wait for what has failed.
     """
     _tell(_FAILURES, failure)
     if not is_first():

@@ -177,8 +177,8 @@ def unrolled_flops(variant: Variant, num_classes: int | None = None) -> float:
 
 
 def _digest(lowered: Any, target: str) -> str:
-    names = ("jaxlib", "libtpu", *(["jax-cuda12-plugin"] if target.startswith("gpu") else []))
-    versions = [f"{name} {_version(name)}" for name in names]
+    plugin = {"tpu": "libtpu", "gpu": "jax-cuda12-plugin"}.get(target[:3])
+    versions = [f"{name} {_version(name)}" for name in ("jaxlib", plugin) if name]
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     said = "\n".join([target, *versions, *flags, lowered.as_text()])
     return hashlib.sha256(said.encode()).hexdigest()

@@ -15,11 +15,10 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from absl import flags
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mimicnorm_jax import command_line
@@ -127,15 +126,6 @@ def line(row: Row, baseline: Row | None) -> str:
     )
 
 
-def report(
-    config: ConfigDict, methods: Sequence[str], target: str, mesh: Mesh, num_classes: int | None
-) -> Iterator[Row]:
-    """A row for each method, as it is compiled."""
-    variants = parse_variants(config, methods)
-    for variant in tqdm(variants, "compiling", disable=not sys.stderr.isatty()):
-        yield analyse(variant, target, mesh, num_classes)
-
-
 def _run() -> None:
     config = command_line.config()
     check_output("json", JSON.value, (".json",))
@@ -157,12 +147,13 @@ def _run() -> None:
     device = mesh.devices.flat[0].device_kind
     print(f"{config.network}, {config.data.image_size} pixels, {mesh.size} x {device}", flush=True)
     if hbm:
-        _print_largest(config, methods, mesh, hbm)
+        _print_largest(variants, mesh, hbm)
         return
     print(f"batch {config.batch_size}; compiling {len(variants)} steps …", flush=True)
     print(HEADER, flush=True)
     rows: list[Row] = []
-    for row in report(config, methods, _TARGET.value, mesh, NUM_CLASSES.value):
+    for variant in tqdm(variants, "compiling", disable=not sys.stderr.isatty()):
+        row = analyse(variant, _TARGET.value, mesh, NUM_CLASSES.value)
         rows.append(row)
         baseline = next((r for r in rows if r.method == "batchnorm"), None)
         print(line(row, baseline), flush=True)
@@ -179,11 +170,10 @@ def _run() -> None:
         print(f"picture: {PLOT.value}")
 
 
-def _print_largest(config: ConfigDict, methods: Sequence[str], mesh: Mesh, hbm: int) -> None:
+def _print_largest(variants: Sequence[Variant], mesh: Mesh, hbm: int) -> None:
     print(f"the largest batch in {_HBM.value} a device", flush=True)
     found = []
-    for method in methods:
-        (variant,) = parse_variants(config, [method])
+    for variant in variants:
         start = variant.config.batch_size
 
         def peak(batch: int, variant: Variant = variant) -> int:
@@ -194,8 +184,8 @@ def _print_largest(config: ConfigDict, methods: Sequence[str], mesh: Mesh, hbm: 
 
         multiple = mesh.size * 8 * variant.config.micro_batches
         batch, bytes_ = largest_batch(peak, hbm, multiple=multiple, start=start)
-        found.append({"method": method, "batch": batch, "peak_bytes": bytes_})
-        print(f"{method}: {batch or f'not even {multiple}'}", flush=True)
+        found.append({"method": variant.label, "batch": batch, "peak_bytes": bytes_})
+        print(f"{variant.label}: {batch or f'not even {multiple}'}", flush=True)
     write_json(json.dumps(found, indent=2) + "\n")
 
 

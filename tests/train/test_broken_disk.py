@@ -19,7 +19,7 @@ def in_namespace(script, *arguments):
     command = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-ec", script, "bash"]
     env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
     return subprocess.run(
-        [*command, *arguments], env=env, cwd=ROOT, capture_output=True, text=True, timeout=200
+        [*command, *arguments], env=env, cwd=ROOT, capture_output=True, text=True, timeout=100
     )
 
 
@@ -66,16 +66,19 @@ def test_a_full_disk_ends_the_run_and_leaves_its_checkpoints_whole(tmp_path):
 
 @needs_mounts
 def test_a_workdir_that_becomes_read_only_ends_the_run(tmp_path):
-    folder = tmp_path / "disk"
+    """Read-only before it takes the folder's place: a mount with open files stays writable."""
+    folder, read_only = tmp_path / "disk", tmp_path / "read_only"
     folder.mkdir()
+    read_only.mkdir()
     done = in_namespace(
-        'mount -t tmpfs -o size=64m none "$1"; folder=$1; saved=$2; shift 2;'
+        'mount -t tmpfs -o size=64m none "$1"; folder=$1; read_only=$2; saved=$3; shift 3;'
         '"$PYTHON" -m mimicnorm_jax.main "$@" & '
         'until ls "$folder"/run/checkpoints 2>/dev/null | grep -q "^[0-9]*$"; do sleep 0.1; done;'
-        'mount --bind "$folder" "$folder"; mount -o remount,ro,bind "$folder"; cd "$folder";'
+        'mount --bind "$folder" "$read_only"; mount -o remount,ro,bind "$read_only";'
+        'mount --move "$read_only" "$folder"; cd "$folder";'
         "wait %1 && code=0 || code=$?;"
         'cp -r "$folder"/run "$saved"; exit $code',
-        *(str(folder), str(tmp_path / "run")),
+        *(str(folder), str(read_only), str(tmp_path / "run")),
         *(*TINY, f"--workdir={folder / 'run'}", EVERY_STEP, LONG),
     )
     assert done.returncode == 1, (done.returncode, done.stdout[-2000:], done.stderr[-3000:])
