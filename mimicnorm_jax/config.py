@@ -124,6 +124,7 @@ FIELDS: dict[str, Field] = {
     "activation_storage": Field("full", "How convolutions keep their inputs for the backward pass: as they are, or in 8 or 4 bits.", STORAGES),
     "remat": Field("none", "What the backward pass computes again: nothing, whole blocks, or all but convolutions and matrix products.", REMATS),
     "micro_batches": Field(1, "Parts in which a batch is computed, for its exact gradient in the memory of one part.", **_at_least(1, 2**24)),
+    "steps_per_call": Field(1, "Steps that a GPU or TPU does without asking the host again, for networks whose steps are short; a CPU always does one.", **_at_least(1, 2**10)),
     "deterministic": Field(False, "Deterministic GPU kernels, for bit-exact resume on GPUs (slower).", **_true_or_false()),
     "num_devices": Field(None, "Devices to use, over all processes; unset uses all.", **_at_least(1), kind=int),
     "log_every": Field(10, "Steps between two lines of metrics.", **_at_least(1)),

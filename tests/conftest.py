@@ -7,13 +7,15 @@ import subprocess
 import sys
 import tempfile
 
+from tests.flags import QUICK, xla_flags
+
 # The same small programs are compiled in many tests and in the processes they start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax-cache-"))
 # With that cache, XLA writes errors about processor features to stderr on some machines,
 # where tests count the lines.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = xla_flags(devices=4)
 
 import jax
 import pytest
@@ -75,7 +77,7 @@ def run_main():
 
     def run(*arguments, module="mimicnorm_jax.main", background=False, cwd=ROOT, **environment):
         # one device: what a laptop has
-        env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)} | environment
+        env = os.environ | {"XLA_FLAGS": QUICK, "PYTHONPATH": str(ROOT)} | environment
         command = [sys.executable, "-m", module, *map(str, arguments)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         if background:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 
+from tests.flags import xla_flags
+
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = (  # a step takes a millisecond
     *("--config=configs/digits_resnet20.py", "--config.network=resnet8", "--config.width=0.5"),
@@ -33,7 +35,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         self.began = time.monotonic()
         env = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": xla_flags(devices),
             "PYTHONPATH": str(ROOT),
             "PYTHONUNBUFFERED": "1",
         }

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import pathlib
 import random
 import sys
@@ -85,17 +86,19 @@ def replay(experiment: Experiment, state: TrainState, interval: Interval) -> str
     """
     first, last = interval
     ahead = experiment.batches(first, last)
-    shown = tqdm(
-        ahead,
-        f"steps {first} to {last}",
-        last - first,
-        unit="step",
-        leave=False,
-        disable=not sys.stderr.isatty(),
+    steps = iter(
+        tqdm(
+            ahead,
+            f"steps {first} to {last}",
+            last - first,
+            unit="step",
+            leave=False,
+            disable=not sys.stderr.isatty(),
+        )
     )
     with contextlib.closing(ahead):
-        for batch in shown:
-            state, metrics = experiment.train_step(state, batch)
+        while batches := list(itertools.islice(steps, experiment.steps_per_call)):
+            state, metrics = experiment.train(state, batches)
             metrics["loss"].block_until_ready()
     return digest(host_copy(state))
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import math
 import pathlib
 import time
 from collections.abc import Iterator
-from fractions import Fraction
 from typing import Any
 
 import jax
@@ -21,7 +19,7 @@ from mimicnorm_jax.train import messages
 from mimicnorm_jax.train.checkpoint import Checkpoints, kept_step, latest_step
 from mimicnorm_jax.train.evaluation import evaluate, recalibrate
 from mimicnorm_jax.train.lock import WorkdirLock
-from mimicnorm_jax.train.metrics import MetricsWriter, evaluations
+from mimicnorm_jax.train.metrics import MetricsWriter, Pending, evaluations
 from mimicnorm_jax.train.progress import Progress, Throughput
 from mimicnorm_jax.train.provenance import config_as_json, config_digest, hardware
 from mimicnorm_jax.train.setup import Experiment, set_up_together
@@ -39,7 +37,7 @@ from mimicnorm_jax.train.workdir import (
 
 # How far the host may run ahead of the device: far enough that the device never waits,
 # near enough that the progress shown, and a stop on a bad loss, are not late.
-_STEPS_IN_FLIGHT = 2
+_CALLS_IN_FLIGHT = 2
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> Summary | None:
@@ -156,7 +154,7 @@ class _Loop:
         self._host: TrainState | None = None  # the present state, once it was looked at
         self._restore()
         self._first_step = self._step = int(self._state.step)
-        self._in_flight: collections.deque[dict[str, jax.Array]] = collections.deque()
+        self._in_flight = Pending()
         speaks = coordination.is_first()
         self._writer = MetricsWriter(workdir, self._step) if speaks else None
         self._progress = Progress(self._step, experiment.total_steps, quiet=not speaks)
@@ -209,17 +207,17 @@ class _Loop:
         total = self._experiment.total_steps
         if self._step:
             self._progress.say(messages.resumed(self._experiment, self._step, self._saved_on))
-        if self._step and self._evaluation is None and self._is_evaluated():
+        if self._step and self._evaluation is None and self._experiment.due(self._step).evaluation:
             self._evaluate()  # what a stop interrupted
         if self._step < total:
             self._progress.say("compiling the training step …")
-        for batch in self._batches():
-            self._advance(batch)
+        for batches in self._calls():
+            self._advance(batches)
             self._tick()
         return self._finish()
 
     def _tick(self) -> None:
-        """Once a step, and once a batch of an evaluation: all is well, and nobody wants to stop."""
+        """Once a call, and once a batch of an evaluation: all is well, and nobody wants to stop."""
         self._watchdog.beat()
         self._checkpoints.check()
         self._stop.raise_if_asked()
@@ -244,46 +242,49 @@ class _Loop:
                     return
                 yield batch
 
-    def _advance(self, batch: Any) -> None:
-        self._state, metrics = self._experiment.train_step(self._state, batch)
+    def _calls(self) -> Iterator[list[Any]]:
+        """The batches of each call of the devices, which ends where the host has work to do."""
+        batches: list[Any] = []
+        for batch in self._batches():
+            batches.append(batch)
+            is_full = len(batches) == self._experiment.steps_per_call
+            if is_full or any(self._experiment.due(self._step + len(batches))):
+                yield batches
+                batches = []
+
+    def _advance(self, batches: list[Any]) -> None:
+        first = self._step == self._first_step
+        self._state, metrics = self._experiment.train(self._state, batches)
         self._host = self._evaluation = None
-        self._in_flight.append(metrics)
-        self._step += 1
-        first = self._step == self._first_step + 1
-        while len(self._in_flight) > (0 if first else _STEPS_IN_FLIGHT):
+        self._in_flight.add(self._step + 1, len(batches), metrics)
+        self._step += len(batches)
+        while len(self._in_flight) > (0 if first else _CALLS_IN_FLIGHT):
             self._take_metrics()
         if first:  # mostly compilation, so it says nothing about the speed
             seconds = self._throughput.restart()
             self._progress.say(f"compiled and ran the first step in {seconds:.1f} s")
             self._progress.restart_clock()
         else:
-            self._throughput.add(self._config.batch_size)
+            self._throughput.add(len(batches) * self._config.batch_size)
         self._progress.advance(self._step)
-        at_end = self._step == self._experiment.total_steps
-        if at_end or self._step % self._config.log_every == 0:
+        due = self._experiment.due(self._step)
+        if due.log:
             self._log()
-        if evaluated := self._is_evaluated():
+        if due.evaluation:
             self._evaluate()
-        is_best = evaluated and self._best["best_step"] == self._step
-        if at_end or is_best or self._is_due(self._config.checkpoint_every):
+        is_best = due.evaluation and self._best["best_step"] == self._step
+        if is_best or due.checkpoint:
             self._save()
-
-    def _is_due(self, every_epochs: float) -> bool:
-        """Whether this step completes another ``every_epochs`` epochs."""
-        period = self._experiment.train_data.steps(every_epochs)
-        return Fraction(self._step) // period > Fraction(self._step - 1) // period
-
-    def _is_evaluated(self) -> bool:
-        at_end = self._step == self._experiment.total_steps
-        return at_end or self._is_due(self._config.eval_every)
 
     def _epoch(self) -> float:
         return float(self._step / self._experiment.train_data.steps(1))
 
     def _take_metrics(self) -> None:
-        """Fetches the metrics of the oldest step in flight; stops the run if they are bad."""
-        step = self._step - len(self._in_flight) + 1
-        values = {name: x.item() for name, x in self._in_flight.popleft().items()}
+        """Fetches the metrics of the oldest call in flight; stops the run if they are bad."""
+        for step, values in self._in_flight.take():
+            self._note_metrics(step, values)
+
+    def _note_metrics(self, step: int, values: dict[str, float]) -> None:
         self._since_log.append(values)
         self._learning_rate = values["learning_rate"]
         if self._config.on_nonfinite == "skip":

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import math
 import os
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
+import jax
+import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
@@ -17,6 +21,27 @@ from tensorboardX.summary import scalar
 Row = dict[str, Any]
 
 _SECONDS_BETWEEN_FLUSHES = 10.0  # of event files: each waits for the disk
+
+
+class Pending:
+    """Metrics of calls of the devices that may not have been computed yet."""
+
+    def __init__(self) -> None:
+        self._calls: collections.deque[tuple[int, int, dict[str, jax.Array]]] = collections.deque()
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def add(self, first_step: int, count: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of a call of ``count`` steps."""
+        self._calls.append((first_step, count, metrics))
+
+    def take(self) -> Iterator[tuple[int, dict[str, float]]]:
+        """Waits for the oldest call; yields the number and the metrics of each of its steps."""
+        first, count, metrics = self._calls.popleft()
+        rows = {name: np.atleast_1d(jax.device_get(x)).tolist() for name, x in metrics.items()}
+        for i in range(count):
+            yield first + i, {name: values[i] for name, values in rows.items()}
 
 
 class MetricsWriter:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -16,15 +18,24 @@ from mimicnorm_jax.config import method_of, network_options_of
 from mimicnorm_jax.data.pipeline import steps_of
 from mimicnorm_jax.methods import Method
 from mimicnorm_jax.models import create_model
-from mimicnorm_jax.parallel import DATA_AXIS, check_batch_size, quick_compilation, replicated
+from mimicnorm_jax.parallel import (
+    DATA_AXIS,
+    check_batch_size,
+    quick_compilation,
+    replicate,
+    replicated,
+)
 from mimicnorm_jax.precision import resolve_precision
 from mimicnorm_jax.train.optim import make_optimizer, make_schedule
 from mimicnorm_jax.train.state import Network, TrainState, create_state, split_network
 from mimicnorm_jax.train.step import (
     EvalStep,
+    Metrics,
+    SeveralSteps,
     TrainStep,
     make_eval_step,
     make_moments_step,
+    make_several_steps,
     make_train_step,
 )
 
@@ -55,7 +66,9 @@ class Program:
       mesh: the devices.
       network: the static structure of the network.
       epoch_steps: steps of ``config.epochs``.
-      train_step, eval_step, moments_step: compiled at their first call.
+      train_step, several_steps, eval_step, moments_step: compiled at their first call.
+      steps_per_call: ``config.steps_per_call``, and 1 on CPUs: XLA's convolutions are slow in
+        loops there.
       abstract_state: shapes and types of the state.
       depends_on_devices: whether the result depends on their number, see ``Method``.
     """
@@ -65,6 +78,8 @@ class Program:
     network: Network
     epoch_steps: int
     train_step: TrainStep
+    several_steps: SeveralSteps
+    steps_per_call: int
     eval_step: EvalStep
     moments_step: EvalStep
     abstract_state: TrainState
@@ -79,6 +94,27 @@ class Program:
             compiler_options=quick_compilation(self.mesh.devices.flat[0].platform),
         )
         return create()
+
+    def train(self, state: TrainState, batches: Sequence[Any]) -> tuple[TrainState, Metrics]:
+        """Runs one step for each batch, in one call of the devices.
+
+        Args:
+          state: before the first step; it is donated.
+          batches: at most ``steps_per_call``, on the devices: nothing else moves there.
+
+        Returns:
+          The state after the last step; metrics, of which the first ``len(batches)`` entries
+          count where ``steps_per_call`` is above 1.
+        """
+        most = self.steps_per_call
+        if most > 1:
+            count = replicate(np.array(len(batches), np.int32), self.mesh)
+        with jax.transfer_guard("disallow"):
+            if most == 1:
+                (batch,) = batches
+                return self.train_step(state, batch)
+            filled = (*batches, *[batches[-1]] * (most - len(batches)))
+            return self.several_steps(state, filled, count)
 
 
 def network_arguments(config: ConfigDict, images: Images) -> dict[str, Any]:
@@ -146,12 +182,16 @@ def make_program(
         "mean": images.mean,
         "std": images.std,
     }
+    train_step = make_train_step(config, network, optimizer, schedule, **common)
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
     return Program(
         config=config,
         mesh=mesh,
         network=network,
         epoch_steps=epoch_steps,
-        train_step=make_train_step(config, network, optimizer, schedule, **common),
+        train_step=train_step,
+        several_steps=make_several_steps(train_step),
+        steps_per_call=1 if on_cpu else config.steps_per_call,
         eval_step=make_eval_step(network, **common),
         moments_step=make_moments_step(network, **common),
         abstract_state=jax.eval_shape(create_initial),

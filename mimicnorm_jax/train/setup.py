@@ -6,7 +6,8 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Generator
-from typing import Any
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,6 +24,14 @@ from mimicnorm_jax.parallel import coordination, make_mesh, shard_batch
 from mimicnorm_jax.train.program import Images, Program, make_program
 from mimicnorm_jax.train.provenance import config_as_json
 from mimicnorm_jax.train.workdir import DataIdentity, data_identity
+
+
+class Due(NamedTuple):
+    """What the host has to do after a step."""
+
+    log: bool
+    evaluation: bool
+    checkpoint: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +52,20 @@ class Experiment(Program):
     def data_identity(self) -> DataIdentity:
         """What tells the images of this run from others, wherever they are stored."""
         return data_identity(self.train_data.source, self.test_data.source)
+
+    def due(self, step: int) -> Due:
+        """What is done after a step; after the last one everything."""
+        at_end = step == self.total_steps
+
+        def completes(every_epochs: float) -> bool:
+            period = self.train_data.steps(every_epochs)
+            return at_end or Fraction(step) // period > Fraction(step - 1) // period
+
+        return Due(
+            log=at_end or step % self.config.log_every == 0,
+            evaluation=completes(self.config.eval_every),
+            checkpoint=completes(self.config.checkpoint_every),
+        )
 
     def batches(self, first: int, last: int) -> Generator[Any]:
         """The training batches of steps ``first`` to ``last`` (not included), on the devices."""

@@ -32,6 +32,7 @@ class TrainStep(Protocol):
     def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered: ...
 
 
+SeveralSteps = Callable[[TrainState, tuple[Any, ...], jax.Array], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Any, Any, Any], Metrics]
 
 
@@ -127,6 +128,35 @@ def make_train_step(
         local_step, mesh=mesh, in_specs=(P(), P(DATA_AXIS)), out_specs=(P(), P())
     )
     return jax.jit(mapped, donate_argnums=0)
+
+
+def make_several_steps(step: TrainStep) -> SeveralSteps:
+    """Compiles several steps of training as one program, of which the first few may be run.
+
+    Args:
+      step: from ``make_train_step``.
+
+    Returns:
+      ``steps(state, batches, count) -> (state, metrics)``, for a tuple of batches of which the
+      first ``count`` (a scalar) are used; the old state is donated. Every metric has an entry
+      for each batch.
+    """
+
+    def several(
+        state: TrainState, batches: tuple[Any, ...], count: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+        _, shapes = jax.eval_shape(step, state, batches[0])
+        metrics = jax.tree.map(lambda x: jnp.zeros((len(batches), *x.shape), x.dtype), shapes)
+
+        def one(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
+            state, metrics = carry
+            state, new = step(state, jax.tree.map(lambda x: x[i], stacked))
+            return state, jax.tree.map(lambda all_, x: all_.at[i].set(x), metrics, new)
+
+        return lax.fori_loop(0, count, one, (state, metrics))
+
+    return jax.jit(several, donate_argnums=0)
 
 
 def is_finite(tree: Any) -> jax.Array:

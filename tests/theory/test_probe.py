@@ -48,7 +48,7 @@ def test_a_probe_computes_what_the_network_does(images, labels, method):
     def loss(model):
         return jnp.mean(cross_entropy(model(images), labels))
 
-    gradients = nnx.grad(loss)(model)
+    gradients = nnx.jit(nnx.grad(loss))(model)
     layers = Probe("resnet8", method=create_method(method), seed=3, **OPTIONS).layers(
         images, labels
     )

@@ -11,13 +11,14 @@ import pytest
 from mimicnorm_jax.train.checkpoint import read
 from mimicnorm_jax.train.setup import set_up
 from mimicnorm_jax.train.workdir import saved_config
+from tests.flags import QUICK
 from tests.runs import EVERY_STEP, LONG, ROOT, TINY, Run, continues, logged_step, saved_steps
 
 
 def in_namespace(script, *arguments):
     """Runs a shell script with a mount namespace of its own, as if it were root's."""
     command = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-ec", script, "bash"]
-    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
+    env = os.environ | {"XLA_FLAGS": QUICK, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
     return subprocess.run(
         [*command, *arguments], env=env, cwd=ROOT, capture_output=True, text=True, timeout=100
     )
