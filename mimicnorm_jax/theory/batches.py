@@ -108,10 +108,10 @@ def batch_kernels(
 def _scales(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Eigenvalues ``(T, B)`` at every scale s of ``exp(-s |h|^2)``, and the weights ``(T,)``."""
     scales = jnp.asarray(np.exp(_LOG_SCALES), values.dtype) / jnp.sum(values)
-    shrink = 1.0 + 2.0 * scales[:, None] * values
+    shrink = 1.0 + 2.0 * jnp.outer(scales, values)
     step = _LOG_SCALES[1] - _LOG_SCALES[0]
     weights = step * scales * jnp.exp(-0.5 * jnp.sum(jnp.log(shrink), axis=1))
-    return values / shrink, len(values) * weights
+    return values[None] / shrink, len(values) * weights
 
 
 def _eigen(covariance: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -119,12 +119,17 @@ def _eigen(covariance: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.maximum(values, 0.0), vectors
 
 
+def _assembled(values: jax.Array, vectors: jax.Array) -> jax.Array:
+    """The matrix of these eigenvalues and eigenvectors."""
+    return (vectors * values[None]) @ vectors.T
+
+
 @jax.jit
 def _on_sphere(covariance: jax.Array) -> jax.Array:
     """``E[y y^T]`` of ``y = h sqrt(B) / |h|``."""
     values, vectors = _eigen(covariance)
     shrunk, weights = _scales(values)
-    return (vectors * (weights @ shrunk)) @ vectors.T
+    return _assembled(weights @ shrunk, vectors)
 
 
 @jax.jit
@@ -135,7 +140,7 @@ def _after_relu(covariance: jax.Array) -> jax.Array:
 
     def add(total: jax.Array, scale: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         eigenvalues, weight = scale
-        return total + weight * relu_kernel((vectors * eigenvalues) @ vectors.T), None
+        return total + weight * relu_kernel(_assembled(eigenvalues, vectors)), None
 
     return jax.lax.scan(add, jnp.zeros_like(covariance), (shrunk, weights))[0]
 
@@ -150,7 +155,7 @@ def _through_batch_norm(
     tangent = centered(tangent)
 
     def of_channel(key: jax.Array) -> jax.Array:
-        h = (vectors * jnp.sqrt(values)) @ jax.random.normal(key, (batch,), values.dtype)
+        h = vectors @ (jnp.sqrt(values) * jax.random.normal(key, (batch,), values.dtype))
         square = jnp.sum(jnp.square(h))
         along = tangent @ h / square
         outer = jnp.outer(h, along)
