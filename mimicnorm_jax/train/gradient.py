@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from mimicnorm_jax.layers.order import after
 from mimicnorm_jax.layers.varying import as_varying
@@ -80,24 +81,27 @@ def in_micro_batches(
     def body(params: Tree, images: jax.Array, indices: jax.Array) -> jax.Array:
         return network.apply_body(params, batch_stats, *inputs(images, indices))
 
-    def split(x: jax.Array) -> jax.Array:
-        return x.reshape(count, -1, *x.shape[1:])
+    size = len(images) // count
 
-    def forward(done: jax.Array, part: Any) -> tuple[jax.Array, jax.Array]:
-        logits = body(local, after(part[0], done), part[1])
+    def take(x: jax.Array, part: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x, part * size, size)
+
+    def examples(part: jax.Array, done: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return after(_as_batches_lie(take(images, part)), done), take(indices, part)
+
+    def forward(done: jax.Array, part: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = body(local, *examples(part, done))
         return logits[0, 0], logits
 
-    def backward(total: Tree, part: Any) -> tuple[Tree, None]:
-        images, indices, cotangent = part
-        images = after(
-            images, jnp.stack([leaf.ravel()[0] for leaf in jax.tree.leaves(total)]).sum()
-        )
-        _, transpose = jax.vjp(lambda params: body(params, images, indices), local)
-        return jax.tree.map(jnp.add, total, *transpose(cotangent)), None
+    def backward(total: Tree, part: jax.Array) -> tuple[Tree, None]:
+        done = jnp.stack([leaf.ravel()[0] for leaf in jax.tree.leaves(total)]).sum()
+        chosen = examples(part, done)
+        _, transpose = jax.vjp(lambda params: body(params, *chosen), local)
+        return jax.tree.map(jnp.add, total, *transpose(take(cotangent, part))), None
 
-    parts = (split(images), split(indices))
+    parts = jnp.arange(count)
     scan = _unrolled if unroll else lax.scan
-    shape = jax.eval_shape(body, local, parts[0][0], parts[1][0])
+    shape = jax.eval_shape(body, local, images[:size], indices[:size])
     start = as_varying(jnp.zeros((), shape.dtype), (DATA_AXIS,))
     _, before_head = scan(forward, start, parts)
     before_head = before_head.reshape(-1, *before_head.shape[2:])
@@ -109,8 +113,21 @@ def in_micro_batches(
     differentiate = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     (value, (logits, stats)), (of_head, cotangent) = differentiate(params, before_head)
     zeros = jax.tree.map(jnp.zeros_like, local)
-    of_body, _ = scan(backward, zeros, (*parts, split(cotangent)))
+    of_body, _ = scan(backward, zeros, parts)
     return value, logits, stats, jax.tree.map(jnp.add, of_head, lax.psum(of_body, DATA_AXIS))
+
+
+def _as_batches_lie(images: jax.Array) -> jax.Array:
+    """Images in the layout that a TPU gives to a batch: the batch innermost, then the width.
+
+    The layout that its convolutions prefer would reach out of the loop over the micro-batches
+    to the whole batch, of which the program would then keep a second, padded copy.
+    """
+
+    def constrained(images: jax.Array) -> jax.Array:
+        return with_layout_constraint(images, Layout(major_to_minor=(1, 3, 2, 0)))
+
+    return lax.platform_dependent(images, tpu=constrained, default=lambda images: images)
 
 
 def _unrolled(step: Callable[..., Any], carry: Any, parts: Any) -> tuple[Any, Any]:

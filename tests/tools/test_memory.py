@@ -152,6 +152,22 @@ def test_a_step_compiles_for_a_tpu_that_is_not_here(run_memory, tmp_path):
     assert row["roofline_s"] > 0 and row["peak_bytes"] > row["argument_bytes"]
 
 
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the extra tpu is missing")
+def test_more_micro_batches_need_the_memory_of_their_images_alone(run_memory, tmp_path):
+    path = tmp_path / "tpu.json"
+    few, many = (f"mimicnorm:batch_size={256 * k}:micro_batches={k}" for k in (2, 32))
+    done = run_memory(
+        *("--config=configs/cifar100_vgg11.py", "--config.width=0.25", "--config.num_devices=1"),
+        *("--target=tpu:v5e:2x2", f"--methods={few},{many}", f"--json={path}"),
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())
+    images, peak = (rows[1][name] - rows[0][name] for name in ("argument_bytes", "peak_bytes"))
+    assert images == 30 * 256 * 32 * 32 * 3 + 30 * 256 * 4
+    assert peak < 1.1 * images  # a copy of them in the layout of convolutions would double it
+
+
 PEAKS = {
     "line": lambda batch: 60 + 5 * batch,
     "stairs": lambda batch: 60 + 5 * 128 * -(-batch // 128),
