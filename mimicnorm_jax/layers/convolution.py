@@ -40,6 +40,7 @@ def convolve(
     scale: jax.Array | None = None,
     offset: jax.Array | None = None,
     codec: Codec | None = None,
+    narrow: bool = True,
 ) -> jax.Array:
     """Convolves ``(B, *spatial, in)`` with ``(*window, in / groups, out)``.
 
@@ -53,12 +54,14 @@ def convolve(
       scale: a scalar that multiplies the kernel.
       offset: a scalar that is added to the input before it is padded.
       codec: how the input is kept for the backward pass; None: as it is.
+      narrow: keep what a TPU's convolution takes of a float32 input, see ``rounded``. What
+        costs nothing to compute again, like the output of a norm, is better not kept at all.
     """
     shared = _Shared(kernel, scale, offset)
     # Under shard_map: the forms of the derivative for several backends must agree in what may
     # differ between devices. The derivative of the cast sums over those that share an operand.
     axes = frozenset().union(*(axes_of(leaf) for leaf in jax.tree.leaves((x, shared))))
-    return _convolve(*as_varying((x, shared), axes), geometry, codec)
+    return _convolve(*as_varying((x, shared), axes), geometry, codec, narrow)
 
 
 class _Shared(NamedTuple):
@@ -79,39 +82,41 @@ class _Shared(NamedTuple):
 _Kept = tuple[jax.Array | Stored, jax.Array | None, _Shared]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolve(x: jax.Array, shared: _Shared, geometry: Geometry, codec: Codec | None) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _convolve(
+    x: jax.Array, shared: _Shared, geometry: Geometry, codec: Codec | None, narrow: bool
+) -> jax.Array:
     return _convolve_shared(x, shared, geometry)
 
 
 def _forward(
-    x: jax.Array, shared: _Shared, geometry: Geometry, codec: Codec | None
+    x: jax.Array, shared: _Shared, geometry: Geometry, codec: Codec | None, narrow: bool
 ) -> tuple[jax.Array, _Kept]:
     y = _convolve_shared(x, shared, geometry)
     if codec is not None:
         return y, (encode(x, codec), None, shared)
-    usual = geometry.precision is None and shared.offset is None
+    usual = narrow and geometry.precision is None and shared.offset is None
     # Of what it is given here, a backend keeps only what its own backward pass takes.
     return y, (x, rounded(x) if usual else None, shared)
 
 
 def _backward(
-    geometry: Geometry, codec: Codec | None, kept: _Kept, gradient: jax.Array
+    geometry: Geometry, codec: Codec | None, narrow: bool, kept: _Kept, gradient: jax.Array
 ) -> tuple[jax.Array, _Shared]:
-    x, narrow, shared = kept
+    x, shortened, shared = kept
     if isinstance(x, Stored):
         assert codec is not None
         x = decode(Stored(after(x.codes, gradient), x.step), codec, gradient.dtype)
-    elif narrow is None:
+    elif shortened is None:
         x = _late_on_cpu(x, gradient)
     else:
         x = lax.platform_dependent(
             x,
-            narrow,
+            shortened,
             gradient,
-            cpu=lambda x, narrow, gradient: after(x, gradient),
-            tpu=lambda x, narrow, gradient: narrow.astype(x.dtype),
-            default=lambda x, narrow, gradient: x,
+            cpu=lambda x, short, gradient: after(x, gradient),
+            tpu=lambda x, short, gradient: short.astype(x.dtype),
+            default=lambda x, short, gradient: x,
         )
     if shared.scale is not None:
         shared = shared._replace(kernel=_late_on_cpu(shared.kernel, gradient))

@@ -12,8 +12,8 @@ from jax import lax
 from mimicnorm_jax.layers.storage import Codec, Stored, encode, rounded, unpack
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def relu(x: jax.Array, bits: int | None = None) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def relu(x: jax.Array, bits: int | None = None, narrow: bool = True) -> jax.Array:
     """``max(x, 0)``, with a derivative of its own, for reverse mode.
 
     The derivative of ``jax.nn.relu`` asks for the sign of its input, for which XLA may keep more
@@ -23,6 +23,7 @@ def relu(x: jax.Array, bits: int | None = None) -> jax.Array:
       x: ``(B, ...)``.
       bits: of the codes that are kept of the output, and shared with the next convolution: 8 or 4;
         None: the output is kept as it is.
+      narrow: as for ``convolve``, for the convolution that follows.
     """
     return jnp.maximum(x, jnp.zeros((), x.dtype))
 
@@ -30,23 +31,23 @@ def relu(x: jax.Array, bits: int | None = None) -> jax.Array:
 Kept = tuple[jax.Array | Stored, jax.Array | None]
 
 
-def _forward(x: jax.Array, bits: int | None) -> tuple[jax.Array, Kept]:
+def _forward(x: jax.Array, bits: int | None, narrow: bool) -> tuple[jax.Array, Kept]:
     y = relu(x)
     if bits is not None:
         return y, (encode(y, Codec(bits, rectified=True)), None)
-    return y, (y, rounded(y))
+    return y, (y, rounded(y) if narrow else None)
 
 
-def _backward(bits: int | None, kept: Kept, gradient: jax.Array) -> tuple[jax.Array]:
-    y, narrow = kept
+def _backward(bits: int | None, narrow: bool, kept: Kept, gradient: jax.Array) -> tuple[jax.Array]:
+    y, shortened = kept
     if isinstance(y, Stored):
         assert bits is not None
         positive = unpack(y, Codec(bits, rectified=True)) > 0
-    elif narrow is None:
+    elif shortened is None:
         positive = y > 0
     else:
         positive = lax.platform_dependent(
-            y, narrow, tpu=lambda y, narrow: narrow > 0, default=lambda y, narrow: y > 0
+            y, shortened, tpu=lambda y, short: short > 0, default=lambda y, short: y > 0
         )
     return (jnp.where(positive, gradient, jnp.zeros((), gradient.dtype)),)
 
@@ -55,11 +56,12 @@ relu.defvjp(_forward, _backward)
 
 
 @dataclasses.dataclass(frozen=True)
-class CodedRelu:
-    """``relu`` with fixed ``bits``: a part of a network's static structure."""
+class Relu:
+    """``relu`` with its arguments fixed: a part of a network's static structure."""
 
-    bits: int
+    bits: int | None = None
+    narrow: bool = True
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``max(x, 0)``."""
-        return relu(x, self.bits)
+        return relu(x, self.bits, self.narrow)

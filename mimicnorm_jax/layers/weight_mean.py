@@ -191,6 +191,7 @@ class ScaledConv(ScaledKernel):
       param_dtype: type of the parameters.
       precision: ``jax.lax.Precision`` of the convolution.
       codec: how the input is kept for the backward pass; None: as it is.
+      narrow: as for ``convolve``.
       kernel_init: initializer ``(key, shape, dtype)``; default: ``stable_normal`` for
         a rectified input.
       bias_init: initializer of the bias.
@@ -213,6 +214,7 @@ class ScaledConv(ScaledKernel):
         param_dtype: DTypeLike = jnp.float32,
         precision: Any = None,
         codec: Codec | None = None,
+        narrow: bool = True,
         kernel_init: Initializer | None = None,
         bias_init: Initializer = _ZEROS,
         rngs: nnx.Rngs,
@@ -244,6 +246,7 @@ class ScaledConv(ScaledKernel):
         self.dtype = dtype
         self.precision = precision
         self.codec = codec
+        self.narrow = narrow
 
     def __call__(self, inputs: jax.Array, offset: jax.Array | None = None) -> jax.Array:
         """Convolves ``(B, *spatial, in_features)`` to ``(B, *spatial', out_features)``.
@@ -272,6 +275,7 @@ class ScaledConv(ScaledKernel):
             scale=None if self.scale is None else self.scale[...],
             offset=offset,
             codec=self.codec,
+            narrow=self.narrow,
         )
         return self._with_bias(outputs)
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 from mimicnorm_jax.errors import UserError, unknown
 from mimicnorm_jax.layers import ScaledConv, stable_normal
-from mimicnorm_jax.layers.relu import CodedRelu, relu
+from mimicnorm_jax.layers.relu import Relu, relu
 from mimicnorm_jax.layers.remat import REMATS, Remat, Runner
 from mimicnorm_jax.layers.storage import STORAGES, ActivationStorage, codec_of
 from mimicnorm_jax.precision import FLOAT32, Precision
@@ -169,7 +169,7 @@ class Method:
     def activation(self, *, site: Site) -> Function:
         """The nonlinearity after the layer (or merge) at ``site``."""
         codec = codec_of(self.activation_storage, rectified=True)
-        return relu if codec is None else CodedRelu(codec.bits)
+        return relu if codec is None else Relu(codec.bits)
 
     def merge(self, *, branch: Branch) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """How ``(shortcut, branch)`` become the input of the block's last activation."""

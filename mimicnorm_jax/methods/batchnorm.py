@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import nnx
 
 from mimicnorm_jax.errors import unknown
+from mimicnorm_jax.layers.relu import Relu
 from mimicnorm_jax.methods.base import Function, Method, Site, identity
 
 
@@ -48,6 +51,16 @@ class BatchNorm(Method):
 
     def use_bias(self, site: Site) -> bool:
         return self.conv_bias or not self._normalizes(site)
+
+    # What a norm puts out is computed again from its input, which it keeps anyway.
+
+    def conv_layer(self, fan_in: int, site: Site) -> Callable[..., Function]:
+        return functools.partial(super().conv_layer(fan_in, site), narrow=False)
+
+    def activation(self, *, site: Site) -> Function:
+        if self.activation_storage != "full" or not self._normalizes(site):
+            return super().activation(site=site)
+        return Relu(narrow=False)
 
     def norm(self, features: int, *, site: Site, rngs: nnx.Rngs) -> Function:
         if not self._normalizes(site):

@@ -12,7 +12,7 @@ from flax import nnx
 
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers import LastBN, ScaledConv, ScaledDense
-from mimicnorm_jax.layers.relu import CodedRelu, relu
+from mimicnorm_jax.layers.relu import Relu, relu
 from mimicnorm_jax.layers.weight_mean import ScaledKernel
 from mimicnorm_jax.methods.base import Upcast, add, identity
 from mimicnorm_jax.methods.fixup import FixupConv, FixupDense
@@ -47,7 +47,7 @@ def predict(part: Any, *signals: Signal) -> Signal:
         return signals[0]
     if part is add:
         return signal.add(*signals)
-    if part in (relu, jax.nn.relu) or isinstance(part, CodedRelu):
+    if part in (relu, jax.nn.relu) or isinstance(part, Relu):
         return signal.relu(*signals)
     raise UserError(
         f"there is no prediction for {part!r}; register one with theory.prediction.predict"

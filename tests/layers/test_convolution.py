@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from mimicnorm_jax.layers.convolution import Geometry, convolve
 from mimicnorm_jax.layers.storage import Codec
+from mimicnorm_jax.models import create_model
 
 SAME = ((1, 1), (1, 1))
 NONE = ((0, 0), (0, 0))
@@ -157,6 +159,24 @@ def test_a_tpu_takes_for_the_kernel_gradient_what_its_convolution_takes(monkeypa
     expected = jax.vjp(lambda k: reference(narrow, k, geometry), kernel)[1](cotangent)[0]
     np.testing.assert_allclose(kernel_gradient(x), expected, rtol=1e-5, atol=1e-5)
     assert np.abs(expected - exact).max() > 1e-3
+
+
+def test_what_a_norm_puts_out_is_not_kept_narrow():
+    """It is computed again; else our BatchNorm would be heavier than Flax's."""
+
+    def backward(method):
+        model = create_model(
+            "resnet8", method=method, num_classes=2, image_size=8, rngs=nnx.Rngs(0)
+        )
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def loss(params):
+            return nnx.merge(graph, params, rest, copy=True)(jnp.zeros((2, 8, 8, 3))).sum()
+
+        return str(jax.make_jaxpr(jax.grad(loss))(params))
+
+    assert "bf16" not in backward("batchnorm")
+    assert "bf16" in backward("mimicnorm")
 
 
 def test_what_a_tpu_keeps_of_float32_is_bfloat16_in_its_program_only():
