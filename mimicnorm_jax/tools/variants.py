@@ -37,7 +37,8 @@ class PlainBatchNorm(BatchNorm):
 
     def conv_layer(self, fan_in: int, site: Site) -> Callable[..., Function]:
         ours: Any = super().conv_layer(fan_in, site)
-        return functools.partial(nnx.Conv, **ours.keywords)
+        options = {name: v for name, v in ours.keywords.items() if name != "narrow"}
+        return functools.partial(nnx.Conv, **options)
 
 
 @dataclasses.dataclass(frozen=True)
