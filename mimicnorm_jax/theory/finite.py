@@ -22,10 +22,11 @@ from flax import nnx
 from tqdm import tqdm
 
 from mimicnorm_jax.errors import UserError, unknown
-from mimicnorm_jax.methods import create_method
+from mimicnorm_jax.methods import Method, Site, create_method
 from mimicnorm_jax.models import create_model
 from mimicnorm_jax.models.channels import flatten
 from mimicnorm_jax.models.mlp import MLP
+from mimicnorm_jax.models.unit import ConvUnit
 from mimicnorm_jax.theory.kernels import KINDS, Kind
 
 # The method whose layers are those of each kind; all layers of the theory are centred.
@@ -71,12 +72,10 @@ def mlp(kind: Kind, depth: int, width: int, image_size: int, channels: int = 1) 
     Raises:
       UserError: a wrong kind or number.
     """
-    if kind not in KINDS:
-        raise unknown("kind of network", kind, KINDS)
-    name, options = _METHODS[kind]
+    method = _method(kind)
     return lambda rngs: create_model(
         "mlp",
-        method=create_method(name, **options),
+        method=method,
         num_classes=1,
         image_size=image_size,
         channels=channels,
@@ -87,22 +86,85 @@ def mlp(kind: Kind, depth: int, width: int, image_size: int, channels: int = 1) 
     )
 
 
-def pre_activations(depth: int) -> Outputs:
-    """What reaches the activation after ``depth`` ReLUs in an ``mlp``, after its norm.
+class CNN(nnx.Module):
+    """3x3 convolutions of equal width, global average pooling, a classifier.
 
-    These are the paper's h of layer ``depth + 1``. The result maps a model and images
-    ``(B, H, W, C)`` to ``(B, width)``.
+    Args:
+      method: what normalizes the network.
+      depth: number of convolutions after the first; each follows a ReLU.
+      width: channels.
+      channels: of the images.
+      num_classes: features of the classifier.
+      rngs: for the initial values.
     """
 
-    def outputs(model: MLP, images: jax.Array) -> jax.Array:
-        x = flatten(images)
-        for layer, norm, activation in zip(
-            model.layers[:depth], model.norms[:depth], model.activations[:depth], strict=True
-        ):
-            x = activation(norm(layer(x)))
-        return model.norms[depth](model.layers[depth](x))
+    def __init__(
+        self,
+        method: Method,
+        depth: int,
+        width: int,
+        channels: int,
+        num_classes: int,
+        *,
+        rngs: nnx.Rngs,
+    ):
+        sites = [Site("stem", after_relu=False)] + [Site("inner")] * depth
+        inputs = [channels] + [width] * depth
+        self.units = nnx.List(
+            [
+                ConvUnit(method, features, width, (3, 3), site=site, padding=1, rngs=rngs)
+                for features, site in zip(inputs, sites, strict=True)
+            ]
+        )
+        self.classifier = method.dense(width, num_classes, site=Site("classifier"), rngs=rngs)
 
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps ``(B, H, W, C)`` to ``(B, num_classes)``."""
+        x = images
+        for unit in self.units:
+            x = unit(x)
+        return self.classifier(jnp.mean(x, axis=(1, 2)))
+
+
+def cnn(kind: Kind, depth: int, width: int, channels: int = 1, num_classes: int = 10) -> Create:
+    """The network of ``conv_kernels``, in the package's own layers.
+
+    Its classifier's weights have the variance 2/n that follows a ReLU, not 1/n: its kernels are
+    twice those of ``conv_kernels``.
+
+    Args:
+      kind: as for ``mlp``.
+      depth, width, channels, num_classes: as for ``CNN``.
+
+    Raises:
+      UserError: a wrong kind.
+    """
+    method = _method(kind)
+    return lambda rngs: CNN(method, depth, width, channels, num_classes, rngs=rngs)
+
+
+def _method(kind: Kind) -> Method:
+    if kind not in KINDS:
+        raise unknown("kind of network", kind, KINDS)
+    name, options = _METHODS[kind]
+    return create_method(name, **options)
+
+
+def layer_outputs(model: MLP, images: jax.Array) -> list[jax.Array]:
+    """What reaches the activation of each hidden layer of an ``mlp``, after its norm.
+
+    These are the paper's h^1, h^2, ... (eq. 1), ``(B, width)`` each, of images ``(B, H, W, C)``.
+    """
+    x, outputs = flatten(images), []
+    for layer, norm, activation in zip(model.layers, model.norms, model.activations, strict=True):
+        outputs.append(norm(layer(x)))
+        x = activation(outputs[-1])
     return outputs
+
+
+def pre_activations(depth: int) -> Outputs:
+    """The outputs of the layer that ``depth`` ReLUs precede, for ``empirical_kernels``."""
+    return lambda model, images: layer_outputs(model, images)[depth]
 
 
 def logits(model: nnx.Module, images: jax.Array) -> jax.Array:

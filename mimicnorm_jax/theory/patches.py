@@ -29,7 +29,8 @@ def conv_kernels(
     (all of stride 1, padded with zeros to the same size), a ReLU, the mean over all positions,
     and a dense layer whose weights have variance 1/n. Inner convolutions have the variance that
     keeps the second moment (2 of the dense network, 2/(1-1/pi) with weight mean, over the number
-    of inputs); the first one has 1/n and, with weight mean, is centred over its patches too.
+    of inputs); the first one has 1/n or, with weight mean, centred as well, 1/(n-1), which
+    makes its kernel the sample covariance of two patches. ``finite.cnn`` is that network.
 
     Args:
       images: ``(B, H, W, C)``.
@@ -42,7 +43,7 @@ def conv_kernels(
       ``(B, B, H, W, H, W)`` arrays.
 
     Raises:
-      UserError: a wrong kind, depth, size or shape.
+      UserError: a wrong kind, depth, size or shape, or a first layer of one weight is centred.
     """
     if kind not in _KINDS:
         raise unknown("kind of convolutional network", kind, _KINDS)
@@ -53,11 +54,14 @@ def conv_kernels(
     images = images.astype(jnp.promote_types(images.dtype, jnp.float32))
     centered = kind == "weight_mean"
     channels = images.shape[-1]
+    if centered and kernel_size**2 * channels < 2:
+        raise UserError("weight mean leaves nothing of a 1x1 convolution of one channel")
     products = jnp.einsum("ahwc,bijc->abhwij", images, images) / channels
     means = jnp.mean(images, axis=-1)
     nngp = _patch_mean(products, kernel_size)
     if centered:
-        nngp = nngp - _outer(_image_patch_mean(means, kernel_size))
+        fan_in = kernel_size**2 * channels
+        nngp = (nngp - _outer(_image_patch_mean(means, kernel_size))) * (fan_in / (fan_in - 1))
     tangent = nngp
     variance = stable_weight_variance(kind)
     for _ in range(depth):

@@ -1,0 +1,53 @@
+r"""Draws the paper's figures from real networks and real images.
+
+python -m mimicnorm_jax.paper figure4 --out figures
+python -m mimicnorm_jax.paper all --quick --out figures --data DIR_OF_MNIST
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+
+from mimicnorm_jax.errors import UserError
+
+
+def _parse(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m mimicnorm_jax.paper", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "figures", nargs="+", choices=[*names, "all"], metavar="FIGURE", help=", ".join(names)
+    )
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
+    parser.add_argument("--quick", action="store_true", help="smaller networks, a minute or two")
+    parser.add_argument(
+        "--data", default="digits", help="digits (default), or a folder with MNIST's files"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the program: exit code 0, or 2 where something is wrong with the command."""
+    from mimicnorm_jax.paper.drawing import load, write
+    from mimicnorm_jax.paper.figures import FIGURES
+
+    options = _parse(arguments, list(FIGURES))
+    try:
+        data = load(options.data)
+        chosen = list(FIGURES) if "all" in options.figures else list(dict.fromkeys(options.figures))
+        for name in chosen:
+            figure = FIGURES[name]
+            print(f"{name}: {figure.claim} …", flush=True)
+            began = time.monotonic()
+            write(name, figure, figure.compute(data, options.quick), options.out)
+            print(f"  {options.out / name}.png, {time.monotonic() - began:.0f} s", flush=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""``python -m mimicnorm_jax.paper``: what it writes, and what it says of wrong commands."""
+
+import gzip
+import json
+import struct
+
+import numpy as np
+import pytest
+
+from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.paper.__main__ import main
+from mimicnorm_jax.paper.drawing import load
+
+
+def test_a_figure_is_three_files(tmp_path, capsys):
+    folder = tmp_path / "deep" / "figures"
+    main(["figure4", "figure4", "--out", str(folder)])
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("figure4.json", "figure4.png", "figure4.svg")
+    ]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and said[0].startswith("figure4: weight mean moves")
+    assert json.loads((folder / "figure4.json").read_text())["claim"] in said[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["figure6", "--out=x"], "invalid choice: 'figure6'"),
+        (["figure4"], "required: --out"),
+        (["figure4", "--out=x", "--data=/nowhere"], "--data=/nowhere is neither digits nor"),
+        (["figure4", "--out=/proc/figures"], "--out=/proc/figures cannot be written to"),
+    ],
+)
+def test_a_wrong_command_gets_one_line(arguments, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert expected in last
+    assert not list(tmp_path.iterdir())
+
+
+def _write_idx(path, array):
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    path.write_bytes(gzip.compress(header + array.tobytes()))
+
+
+def test_mnist_files_are_read(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 28, 28), np.uint8)
+    labels = np.arange(7, dtype=np.uint8)
+    _write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", pixels)
+    with pytest.raises(UserError, match="neither digits nor a folder with t10k-images-idx3"):
+        load(str(tmp_path))
+    _write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", labels)
+    data = load(str(tmp_path))
+    np.testing.assert_array_equal(data.pixels, pixels)
+    np.testing.assert_array_equal(data.labels, labels)
+    images = data.some(100)
+    assert images.shape == (7, 28, 28, 1)
+    assert abs(images.mean()) < 1e-5 and abs(images.std() - 1) < 1e-5
