@@ -2,20 +2,35 @@
 
 import re
 
+import numpy as np
+
 from .conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+THEORY = ROOT / "docs" / "theory.md"
 
 
 def test_the_examples_run():
     blocks = re.findall(r"^ *```python\n(.*?)^ *```", README, re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     names = {}
     for block in blocks:
         exec("\n".join(line.removeprefix("  ") for line in block.splitlines()), names)
     assert names["logits"].shape == (8, 100)
     assert names["optimizer"].tx is names["transform"]
+    assert names["phase"](names["chi1"]("weight_mean")) == "chaotic"
     assert names["layer"].name == "classifier"
+
+
+def test_the_examples_of_the_theory_run(float64):
+    (block,) = re.findall(r"^```python\n(.*?)^```", THEORY.read_text(), re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(block, names)
+    np.testing.assert_allclose(
+        names["transition"](names["rho"], "straight"), [0, 0.109, 0.318, 0.609, 1], atol=5e-4
+    )
+    pictures = re.findall(r"\]\(\.\./([^)]+)\)", THEORY.read_text())
+    assert len(pictures) == 8 and all((ROOT / picture).exists() for picture in pictures)
 
 
 def test_what_it_links_to_exists_and_nothing_is_left_to_fill_in():
