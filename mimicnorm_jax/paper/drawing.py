@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -83,8 +84,22 @@ def load(data: str) -> Data:
     for split in ("train", "t10k"):
         paths = [folder / f"{split}-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1")]
         if all(path.is_file() for path in paths):
-            return Data(*map(read_idx, paths))
-    raise UserError(f"--data={data} is neither digits nor a folder with {paths[0].name}")
+            data_set = Data(*map(read_idx, paths))
+            _check(data_set, data)
+            return data_set
+    raise UserError(
+        f"--data={data} is neither digits nor a folder with train-images-idx3-ubyte.gz and "
+        "train-labels-idx1-ubyte.gz, or these two of t10k"
+    )
+
+
+def _check(data: Data, folder: str) -> None:
+    pixels, labels = data
+    if pixels.ndim != 3 or labels.shape != (len(pixels),):
+        shapes = f"images {pixels.shape} and labels {labels.shape}"
+        raise UserError(f"--data={folder} has {shapes}, which do not belong together")
+    if len(pixels) < 16 or pixels.shape[1] != pixels.shape[2] or not pixels.std() > 0:
+        raise UserError(f"--data={folder} is not at least 16 square images of something")
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
@@ -92,6 +107,18 @@ def new_figure(width: float, height: float, title: str) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title, fontsize=11)
     return figure
+
+
+def check_folder(folder: pathlib.Path) -> None:
+    """Finds out before the work whether its results can be written.
+
+    Raises:
+      UserError: they cannot.
+    """
+    with refused_by_system(f"--out={folder} cannot be written to"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 def write(name: str, figure: PaperFigure, numbers: Numbers, folder: pathlib.Path) -> None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.theory.dual import dual_activation
+from mimicnorm_jax.theory.dual import dual_activation, safe_sqrt
 
 # 1/x is the integral of exp(-s x) over s > 0, here over t = log s: for such functions the
 # trapezoidal rule converges exponentially.
@@ -32,7 +32,7 @@ class BatchKernels(NamedTuple):
 
 def relu_kernel(kernel: jax.Array) -> jax.Array:
     """``E[relu(u) relu(u)^T]`` of Gaussian vectors u with any covariance ``(..., B, B)``."""
-    power = jnp.sqrt(jnp.maximum(jnp.diagonal(kernel, axis1=-2, axis2=-1), 0.0))
+    power = safe_sqrt(jnp.diagonal(kernel, axis1=-2, axis2=-1))
     norms = power[..., :, None] * power[..., None, :]
     positive = norms > 0
     rho = jnp.where(positive, kernel / jnp.where(positive, norms, 1.0), 0.0)
@@ -72,21 +72,28 @@ def batch_kernels(
     The NNGP is an integral over the scale of a channel. The NTK, in NTK parameterization, is that
     of the map from the parameters to the outputs of the whole batch: BatchNorm's derivative
     ``(H - y y^T / B) / |H h| sqrt(B)`` couples the images. Its mean over channels is taken over
-    random ones, ``1/sqrt(samples)`` of whose spread is left as an error.
+    random ones, ``1/sqrt(samples)`` of whose spread is left as an error; the spread is infinite
+    where the centred batch has a rank below 5, such as for less than 6 images.
 
     Args:
       gram: ``(B, B)``, products of the inputs over their number of features.
       depth: number of ReLUs.
-      samples: random channels for the NTK; 0 leaves it out (zeros).
+      samples: random channels for the NTK, rounded up to a multiple of 512; 0 leaves it out
+        (zeros).
       seed: decides them.
 
     Raises:
-      UserError: the depth is below 0, or the batch has fewer than 3 images, of which
-        BatchNorm leaves nothing but a sign.
+      UserError: a number is below 0, or the batch has fewer than 3 images, of which
+        BatchNorm leaves nothing but a sign, or fewer than 4 for the NTK, which is infinite
+        for 3.
     """
     gram = jnp.asarray(gram)
     if depth < 0 or len(gram) < 3:
         raise UserError(f"depth = {depth} must be >= 0, and the batch, of {len(gram)}, at least 3")
+    if samples < 0 or (samples and len(gram) < 4):
+        raise UserError(
+            f"samples = {samples} must be >= 0, and 0 for a batch of 3, whose NTK is infinite"
+        )
     key = jax.random.key(seed)
     covariance, tangent = centered(gram), gram
     for _ in range(depth):
@@ -167,7 +174,7 @@ def _through_batch_norm(
     def add(total: jax.Array, keys: jax.Array) -> tuple[jax.Array, None]:
         return total + jnp.sum(jax.vmap(of_channel)(keys), axis=0), None
 
-    chunk = min(samples, 512)
-    keys = jax.random.split(key, (samples // chunk, chunk))
+    chunk = 512
+    keys = jax.random.split(key, (-(-samples // chunk), chunk))
     total, _ = jax.lax.scan(add, jnp.zeros_like(covariance), keys)
-    return total / (samples // chunk * chunk)
+    return total / keys.size

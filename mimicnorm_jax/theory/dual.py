@@ -48,8 +48,9 @@ def _slope_jvp(
     primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     (rho,), (tangent,) = primals, tangents
-    # Infinite at the ends; a huge number instead, which a tangent of 0 does not make NaN.
-    square = jnp.maximum((1.0 - rho) * (1.0 + rho), jnp.finfo(rho.dtype).tiny)
+    # Infinite at the ends; a number instead that a tangent of 0, or of rounding alone as of
+    # the diagonal of a data set's kernel, does not turn into more than rounding.
+    square = jnp.maximum((1.0 - rho) * (1.0 + rho), jnp.finfo(rho.dtype).eps)
     return _slope(rho), tangent / (2.0 * jnp.pi * jnp.sqrt(square))
 
 
@@ -73,6 +74,12 @@ def dual_activation_derivative(rho: jax.typing.ArrayLike) -> jax.Array:
     """The derivative of ``dual_activation``: ``(pi - arccos(rho)) / (2 pi)``.
 
     It is ``E[1(u > 0) 1(v > 0)]``: 0 at -1, 1/4 at 0, 1/2 at 1. Its own derivative is infinite
-    at both ends; there it is a number near the square root of the type's largest.
+    at both ends; within rounding errors of them it is ``1/(2 pi sqrt(eps))``.
     """
     return _slope(_as_float(rho))
+
+
+def safe_sqrt(x: jax.Array) -> jax.Array:
+    """The square root of variances; 0 with a derivative of 0 where there is none."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1.0)), 0.0)

@@ -73,6 +73,8 @@ def mlp(kind: Kind, depth: int, width: int, image_size: int, channels: int = 1) 
       UserError: a wrong kind or number.
     """
     method = _method(kind)
+    if depth < 0 or width < 1:
+        raise UserError(f"depth = {depth} must be >= 0, width = {width} >= 1")
     return lambda rngs: create_model(
         "mlp",
         method=method,
@@ -140,6 +142,8 @@ def cnn(kind: Kind, depth: int, width: int, channels: int = 1, num_classes: int 
       UserError: a wrong kind.
     """
     method = _method(kind)
+    if depth < 0 or width < 1:
+        raise UserError(f"depth = {depth} must be >= 0, width = {width} >= 1")
     return lambda rngs: CNN(method, depth, width, channels, num_classes, rngs=rngs)
 
 
@@ -164,6 +168,8 @@ def layer_outputs(model: MLP, images: jax.Array) -> list[jax.Array]:
 
 def pre_activations(depth: int) -> Outputs:
     """The outputs of the layer that ``depth`` ReLUs precede, for ``empirical_kernels``."""
+    if depth < 0:
+        raise UserError(f"depth = {depth} is below 0")
     return lambda model, images: layer_outputs(model, images)[depth]
 
 

@@ -8,6 +8,7 @@ element by element, and are differentiable; float64 is used where ``jax_enable_x
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -54,6 +55,10 @@ def _transition_of(
     if weight_variance is not None and not 0 <= weight_variance < math.inf:
         raise UserError(f"weight_variance = {weight_variance} is not a variance")
     offset = _AT_ZERO if kind == "weight_mean" else 0.0
+    if weight_variance is None and bias_variance > 1:
+        raise UserError(
+            f"bias_variance = {bias_variance} leaves no stable weight_variance: above 1"
+        )
     if weight_variance is None:  # the one that keeps T(1) = 1, whatever the width (Theorem 3)
         scale = (1.0 - bias_variance) / (_AT_ONE - offset)
         return _Transition(scale, offset, bias_variance, at_one=1.0)
@@ -152,6 +157,8 @@ def phase(chi1: float, *, tolerance: float = 1e-9) -> Phase:
     The condition number of the NTK diverges with depth in the ordered phase, ends near a
     multiple of the number of examples on the critical line, and ends at 1 in the chaotic phase.
     """
+    if not chi1 >= 0:
+        raise UserError(f"chi1 = {chi1} is no derivative of a transition")
     if abs(chi1 - 1.0) <= tolerance:
         return "critical"
     return "ordered" if chi1 < 1.0 else "chaotic"
@@ -182,7 +189,11 @@ def fixed_points(
 
     The transition is strictly convex, so there are at most two of them, one on each side of
     where its slope is 1. Arguments as for ``transition``.
+
+    Raises:
+      UserError: a wrong kind or number, or T(1) is not 1.
     """
+    _check_stable(_transition_of(kind, width, weight_variance, bias_variance))
     options: dict[str, Any] = {
         "width": width,
         "weight_variance": weight_variance,
@@ -207,6 +218,15 @@ def fixed_points(
     return found
 
 
+def _check_stable(found: _Transition) -> None:
+    """A covariance is a correlation only where the variance stays 1."""
+    if abs(found.at_one - 1.0) > 1e-6:
+        raise UserError(
+            f"T(1) = {found.at_one:.6g}, so variances change from layer to layer and are no "
+            "correlations; leave weight_variance out for the stable one"
+        )
+
+
 def _root(function: Callable[[float], float], low: float, high: float) -> float | None:
     """Where a monotonous function is 0 between two points, or touches 0 at one of them."""
     resolution = 4.0 * float(jnp.finfo(jnp.result_type(float)).eps)
@@ -225,13 +245,19 @@ def nngp(rho0: jax.typing.ArrayLike, depth: int, kind: Kind, **options: Any) -> 
       rho0: the correlation of the first layer's pre-activations, K^1 = K^0 in eq. 1: numbers of
         any shape, such as a kernel matrix of a data set with 1 on the diagonal.
       depth: number of transitions, each a ReLU and a layer; 0 returns ``rho0``.
+        Within some rounding errors of 1 and -1 it counts as these, which deep chaotic networks
+        would take for different inputs.
       kind: of the network.
       options: as for ``transition``.
 
     Raises:
-      UserError: a wrong kind or number.
+      UserError: a wrong kind or number, or T(1) is not 1.
     """
-    return _recursion(rho0, depth, kind, options)[0]
+
+    def layer(_: int, correlation: jax.Array) -> jax.Array:
+        return transition(correlation, kind, **options)
+
+    return jax.lax.fori_loop(0, _checked(depth, kind, options), layer, _correlations(rho0))
 
 
 def ntk(rho0: jax.typing.ArrayLike, depth: int, kind: Kind, **options: Any) -> jax.Array:
@@ -240,28 +266,41 @@ def ntk(rho0: jax.typing.ArrayLike, depth: int, kind: Kind, **options: Any) -> j
     ``Theta^1 = K^1 = rho0`` and ``Theta^{l+1} = K^{l+1} + T'(K^l) Theta^l``: the product in the
     paper's eq. 7 must start at r = l, not l + 1. On the diagonal of a stable network of chi_1
     it is the sum of chi_1^r, such as ``depth + 1`` for a straight one. The derivative with
-    respect to ``rho0`` is infinite at 1 and -1, as that of T' is.
+    respect to ``rho0`` is infinite at 1 and -1, as that of T' is, see
+    ``dual_activation_derivative``.
 
     Arguments, result and errors as for ``nngp``.
     """
-    return _recursion(rho0, depth, kind, options)[1]
-
-
-def _recursion(
-    rho0: jax.typing.ArrayLike, depth: int, kind: Kind, options: dict[str, Any]
-) -> tuple[jax.Array, jax.Array]:
-    if depth < 0:
-        raise UserError(f"depth = {depth} is below 0")
-    rho = jnp.asarray(rho0)
-    rho = rho.astype(jnp.promote_types(rho.dtype, jnp.float32))
 
     def layer(_: int, kernels: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         correlation, tangent = kernels
         after = transition(correlation, kind, **options)
         return after, after + transition_derivative(correlation, kind, **options) * tangent
 
-    correlation, tangent = jax.lax.fori_loop(0, depth, layer, (rho, rho))
-    return correlation, tangent
+    rho = _correlations(rho0)
+    return jax.lax.fori_loop(0, _checked(depth, kind, options), layer, (rho, rho))[1]
+
+
+def _checked(depth: Any, kind: Kind, options: dict[str, Any]) -> int:
+    if not isinstance(depth, numbers.Integral) or depth < 0:
+        raise UserError(f"depth = {depth} is not a number of transitions: an integer, 0 or more")
+    _check_stable(
+        _transition_of(
+            kind,
+            options.get("width"),
+            options.get("weight_variance"),
+            options.get("bias_variance", 0.0),
+        )
+    )
+    return int(depth)
+
+
+def _correlations(rho0: jax.typing.ArrayLike) -> jax.Array:
+    """As floating-point numbers, 1 and -1 exactly where they are meant."""
+    rho = jnp.asarray(rho0)
+    rho = rho.astype(jnp.promote_types(rho.dtype, jnp.float32))
+    ends = jnp.where(1.0 - jnp.abs(rho) <= 16 * jnp.finfo(rho.dtype).eps, jnp.sign(rho), rho)
+    return rho + jax.lax.stop_gradient(ends - rho)
 
 
 def condition_number(theta: jax.typing.ArrayLike) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mimicnorm_jax.errors import UserError, unknown
-from mimicnorm_jax.theory.dual import dual_activation, dual_activation_derivative
+from mimicnorm_jax.theory.dual import dual_activation, dual_activation_derivative, safe_sqrt
 from mimicnorm_jax.theory.kernels import Kind, stable_weight_variance
 
 _KINDS: tuple[Kind, ...] = ("straight", "weight_mean")
@@ -77,7 +77,7 @@ def conv_kernels(
 
 def _relu(kernel: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """E[relu relu], E[relu' relu'] and, ``(B, H, W)``, E[relu] of Gaussians of this kernel."""
-    power = jnp.sqrt(jnp.maximum(jnp.einsum("aahwhw->ahw", kernel), 0.0))
+    power = safe_sqrt(jnp.einsum("aahwhw->ahw", kernel))
     norms = _outer(power)
     positive = norms > 0
     rho = jnp.where(positive, kernel / jnp.where(positive, norms, 1.0), 0.0)

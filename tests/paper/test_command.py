@@ -29,7 +29,7 @@ def test_a_figure_is_three_files(tmp_path, capsys):
         (["figure6", "--out=x"], "invalid choice: 'figure6'"),
         (["figure4"], "required: --out"),
         (["figure4", "--out=x", "--data=/nowhere"], "--data=/nowhere is neither digits nor"),
-        (["figure4", "--out=/proc/figures"], "--out=/proc/figures cannot be written to"),
+        (["figure10", "--out=/proc/figures"], "--out=/proc/figures cannot be written to"),
     ],
 )
 def test_a_wrong_command_gets_one_line(arguments, expected, tmp_path, monkeypatch, capsys):
@@ -48,15 +48,27 @@ def _write_idx(path, array):
 
 
 def test_mnist_files_are_read(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (7, 28, 28), np.uint8)
-    labels = np.arange(7, dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (17, 28, 28), np.uint8)
+    labels = np.arange(17, dtype=np.uint8)
     _write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", pixels)
-    with pytest.raises(UserError, match="neither digits nor a folder with t10k-images-idx3"):
+    with pytest.raises(UserError, match="neither digits nor a folder with train-images-idx3"):
         load(str(tmp_path))
     _write_idx(tmp_path / "t10k-labels-idx1-ubyte.gz", labels)
+    for array, message in (
+        (labels[:-1], "do not belong together"),
+        (pixels[:3], "do not belong together"),
+        (pixels[:, :, :20], "not at least 16 square images"),
+        (np.zeros_like(pixels), "not at least 16 square images"),
+    ):
+        name = "t10k-labels-idx1" if array.ndim == 1 else "t10k-images-idx3"
+        kept = (tmp_path / f"{name}-ubyte.gz").read_bytes()
+        _write_idx(tmp_path / f"{name}-ubyte.gz", array)
+        with pytest.raises(UserError, match=message):
+            load(str(tmp_path))
+        (tmp_path / f"{name}-ubyte.gz").write_bytes(kept)
     data = load(str(tmp_path))
     np.testing.assert_array_equal(data.pixels, pixels)
     np.testing.assert_array_equal(data.labels, labels)
     images = data.some(100)
-    assert images.shape == (7, 28, 28, 1)
+    assert images.shape == (17, 28, 28, 1)
     assert abs(images.mean()) < 1e-5 and abs(images.std() - 1) < 1e-5

@@ -160,6 +160,12 @@ def test_what_is_wrong_is_said():
         empirical_kernels(mlp("straight", 1, 8, SIZE), digits(3), count=1)
     with pytest.raises(UserError, match="unknown kind of network 'fixup'"):
         mlp("fixup", 1, 8, SIZE)
+    with pytest.raises(UserError, match="a batch of 3, whose NTK is infinite"):
+        batch_kernels(jnp.eye(3), 1)
+    with pytest.raises(UserError, match="depth = -1 is below 0"):
+        pre_activations(-1)
+    with pytest.raises(UserError, match="depth = -2 must be >= 0"):
+        cnn("straight", -2, 8)
     with pytest.raises(UserError, match="the batch, of 2, at least 3"):
         batch_kernels(jnp.eye(2), 1)
 

@@ -123,10 +123,53 @@ def test_fixed_points(float64):
         # as what is iterated shows
         assert nngp(1 - 1e-9, 200, kind) == pytest.approx(0.0, abs=1e-12)
     assert 1 - nngp(-0.5, 2000, "straight") < 1e-4
-    # neither side has any, or only the lower one
-    assert fixed_points("straight", weight_variance=3.0) == []
-    (low,) = fixed_points("straight", weight_variance=1.0)
-    assert low.stable and low.rho == pytest.approx(nngp(0.5, 100, "straight", weight_variance=1.0))
+    # a bias moves the lower one up
+    low, one = fixed_points("weight_mean", bias_variance=0.2)
+    assert low.stable and low.rho > 0.2 and not one.stable
+    iterated = nngp(0.5, 500, "weight_mean", bias_variance=0.2)
+    assert low.rho == pytest.approx(float(iterated), abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_diagonal_of_a_data_set_stays_in_deep_networks(kind):
+    """Rounded to just below 1 it would be what a chaotic network tells apart."""
+    vectors = np.random.default_rng(0).normal(size=(64, 784)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    kernel = jnp.asarray(vectors @ vectors.T)
+    assert jnp.diagonal(kernel).min() < 1
+    np.testing.assert_allclose(jnp.diagonal(nngp(kernel, 60, kind)), 1.0)
+    exact = sum(chi1(kind) ** r for r in range(61))
+    np.testing.assert_allclose(jnp.diagonal(ntk(kernel, 60, kind)), exact, rtol=1e-4)
+
+
+def _against_differences(function, x):
+    direction = np.random.default_rng(1).normal(size=x.shape)
+    got = jnp.vdot(jax.grad(function)(x), direction)
+    step = 1e-6 * direction
+    difference = function(x + step) - function(x - step)
+    assert got == pytest.approx(float(difference) / 2e-6, rel=1e-4)
+
+
+@pytest.mark.parametrize("function", [nngp, ntk])
+def test_gradients_reach_the_inputs_of_a_data_set(function, float64):
+    def total(vectors):
+        unit = vectors / jnp.linalg.norm(vectors, axis=1, keepdims=True)
+        return jnp.sum(function(unit @ unit.T, 2, "weight_mean"))  # the diagonal as well
+
+    _against_differences(total, jnp.asarray(np.random.default_rng(0).normal(size=(5, 7))))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_gradients_reach_images_with_empty_borders(which, float64):
+    images = np.zeros((2, 5, 5, 1))
+    images[:, 1:4, 1:4] = np.random.default_rng(0).normal(size=(2, 3, 3, 1))
+    inner = jnp.asarray(images[:, 1:4, 1:4])
+
+    def cross(inner):
+        images = jnp.pad(inner, [(0, 0), (1, 1), (1, 1), (0, 0)])
+        return conv_kernels(images, 1, "straight", kernel_size=1)[which][0, 1]
+
+    _against_differences(cross, inner)
 
 
 @pytest.mark.parametrize("width", [4, 16, 256])
@@ -180,7 +223,12 @@ def test_condition_numbers():
         (lambda: transition(0.0, "batch_norm", width=4), "batch_norm has no width"),
         (lambda: chi1("straight", bias_variance=-0.1), "bias_variance = -0.1 is not a variance"),
         (lambda: chi1("straight", weight_variance=math.nan), "weight_variance = nan"),
-        (lambda: nngp(0.0, -1, "straight"), "depth = -1 is below 0"),
+        (lambda: nngp(0.0, -1, "straight"), "depth = -1 is not a number of transitions"),
+        (lambda: ntk(0.0, 2.5, "straight"), "depth = 2.5 is not a number of transitions"),
+        (lambda: nngp(0.5, 3, "straight", weight_variance=1.0), r"T\(1\) = 0.5, so variances"),
+        (lambda: fixed_points("straight", weight_variance=3.0), r"T\(1\) = 1.5, so variances"),
+        (lambda: chi1("weight_mean", bias_variance=1.5), "leaves no stable weight_variance"),
+        (lambda: phase(math.nan), "chi1 = nan is no derivative"),
         (lambda: conv_kernels(jnp.zeros((1, 4, 4, 1)), 1, "batch_norm"), "unknown kind of conv"),
         (lambda: conv_kernels(jnp.zeros((1, 4, 4, 1)), 1, "straight", kernel_size=2), "odd"),
         (lambda: conv_kernels(jnp.zeros((4, 4)), 1, "straight"), r"\(B, H, W, C\), got shape"),
