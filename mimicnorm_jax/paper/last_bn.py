@@ -109,5 +109,5 @@ def _draw_figure10(numbers: Numbers) -> Figure:
 FIGURE10 = PaperFigure(
     _figure10,
     _draw_figure10,
-    "at a large rate the outputs' variance surges within some steps; with the last BN less and less",
+    "at a large rate the outputs' variance surges within steps; with the last BN less and less",
 )
