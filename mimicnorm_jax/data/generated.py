@@ -13,22 +13,28 @@ from mimicnorm_jax.data.sources import ArraySource
 _DIGITS_TEST_EXAMPLES = 360
 
 
-def open_digits(data: ConfigDict) -> tuple[ArraySource, ArraySource]:
-    """scikit-learn's 8x8 digits, split in strata, in grey."""
+def read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's digits: uint8 images ``(1797, 8, 8)`` in grey, and labels ``(1797,)``."""
     from sklearn.datasets import load_digits  # slow to import, and needed only here
-    from sklearn.model_selection import train_test_split
 
     raw = load_digits()
-    grey = np.round(raw.images * (255 / 16)).astype(np.uint8)
+    return np.round(raw.images * (255 / 16)).astype(np.uint8), raw.target
+
+
+def open_digits(data: ConfigDict) -> tuple[ArraySource, ArraySource]:
+    """The digits, split in strata."""
+    from sklearn.model_selection import train_test_split  # slow to import as well
+
+    grey, labels = read_digits()
     size = data.image_size
     images = np.stack([centre_crop(image, size, size) for image in grey])
     train, test = train_test_split(
-        np.arange(len(grey)), test_size=_DIGITS_TEST_EXAMPLES, stratify=raw.target, random_state=0
+        np.arange(len(grey)), test_size=_DIGITS_TEST_EXAMPLES, stratify=labels, random_state=0
     )
-    names = [str(digit) for digit in raw.target_names]
+    names = [str(digit) for digit in range(10)]
 
     def split(indices: np.ndarray) -> ArraySource:
-        return ArraySource(images[indices][..., None], raw.target[indices], names)
+        return ArraySource(images[indices][..., None], labels[indices], names)
 
     return split(train), split(test)
 

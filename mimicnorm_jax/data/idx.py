@@ -57,7 +57,16 @@ def _find(root: pathlib.Path, name: str) -> pathlib.Path:
     raise UserError(f"{root / name}.gz is missing")
 
 
-def _open_split(root: pathlib.Path, split: str, size: int) -> ArraySource:
+def read_split(root: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images ``(N, H, W)`` and labels ``(N,)`` of a split, both uint8.
+
+    Args:
+      root: the folder.
+      split: ``"train"``, ``"test"``, or a file name's beginning.
+
+    Raises:
+      UserError: a file is missing or damaged, or they do not belong together.
+    """
     prefix = _PREFIXES.get(split, split)
     images_path = _find(root, f"{prefix}-images-idx3-ubyte")
     labels_path = _find(root, f"{prefix}-labels-idx1-ubyte")
@@ -67,6 +76,11 @@ def _open_split(root: pathlib.Path, split: str, size: int) -> ArraySource:
             f"{images_path} and {labels_path} do not belong together: images of shape "
             f"{images.shape}, labels of shape {labels.shape}"
         )
+    return images, labels
+
+
+def _open_split(root: pathlib.Path, split: str, size: int) -> ArraySource:
+    images, labels = read_split(root, split)
     if images.shape[1:] != (size, size):
         images = np.stack([centre_crop(image, size, size) for image in images])
     names = [str(label) for label in range(max(10, int(labels.max()) + 1))]

@@ -26,7 +26,7 @@ def _parse(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.Na
         help=", ".join([*names, "all"]),
     )
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
-    parser.add_argument("--quick", action="store_true", help="smaller networks, a minute or two")
+    parser.add_argument("--quick", action="store_true", help="smaller networks, a few minutes")
     parser.add_argument(
         "--data", default="digits", help="digits (default), or a folder with MNIST's files (.gz)"
     )
@@ -35,13 +35,13 @@ def _parse(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.Na
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program: exit code 0, or 2 where something is wrong with the command."""
-    from mimicnorm_jax.paper.drawing import check_folder, load, write
+    from mimicnorm_jax.paper.drawing import load, make_folder, write
     from mimicnorm_jax.paper.figures import FIGURES
 
     options = _parse(arguments, list(FIGURES))
     try:
         data = load(options.data)
-        check_folder(options.out)
+        make_folder(options.out)
         chosen = list(FIGURES) if "all" in options.figures else list(dict.fromkeys(options.figures))
         for name in chosen:
             figure = FIGURES[name]

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from mimicnorm_jax.data.idx import read_idx
+from mimicnorm_jax.data.generated import read_digits
+from mimicnorm_jax.data.idx import read_split
 from mimicnorm_jax.errors import UserError, refused_by_system
 from mimicnorm_jax.theory.kernels import Kind
 
@@ -28,6 +29,7 @@ NAMES: dict[Kind, str] = {
     "weight_mean": "weight mean",
 }
 Numbers = dict[str, Any]
+_FEWEST = 16  # images of the smallest figure
 
 
 class Data(NamedTuple):
@@ -76,30 +78,16 @@ def load(data: str) -> Data:
       UserError: there are no such images.
     """
     if data == "digits":
-        from sklearn.datasets import load_digits  # slow to import, and needed only here
-
-        found = load_digits()
-        return Data(np.round(found.images * (255 / 16)).astype(np.uint8), found.target)
+        return Data(*read_digits())
     folder = pathlib.Path(data).expanduser()
-    for split in ("train", "t10k"):
-        paths = [folder / f"{split}-{name}-ubyte.gz" for name in ("images-idx3", "labels-idx1")]
-        if all(path.is_file() for path in paths):
-            data_set = Data(*map(read_idx, paths))
-            _check(data_set, data)
-            return data_set
-    raise UserError(
-        f"--data={data} is neither digits nor a folder with train-images-idx3-ubyte.gz and "
-        "train-labels-idx1-ubyte.gz, or these two of t10k"
-    )
-
-
-def _check(data: Data, folder: str) -> None:
-    pixels, labels = data
-    if pixels.ndim != 3 or labels.shape != (len(pixels),):
-        shapes = f"images {pixels.shape} and labels {labels.shape}"
-        raise UserError(f"--data={folder} has {shapes}, which do not belong together")
-    if len(pixels) < 16 or pixels.shape[1] != pixels.shape[2] or not pixels.std() > 0:
-        raise UserError(f"--data={folder} is not at least 16 square images of something")
+    with refused_by_system(f"--data={data} cannot be read"):
+        if not folder.is_dir():
+            raise UserError(f"--data={data} is neither digits nor a folder with MNIST's files")
+        split = "train" if any(folder.glob("train-*-ubyte*")) else "test"
+    pixels, labels = read_split(folder, split)
+    if len(pixels) < _FEWEST or pixels.shape[1] != pixels.shape[2] or not pixels.std() > 0:
+        raise UserError(f"--data={data} has not {_FEWEST} square images of something")
+    return Data(pixels, labels)
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
@@ -109,8 +97,8 @@ def new_figure(width: float, height: float, title: str) -> Figure:
     return figure
 
 
-def check_folder(folder: pathlib.Path) -> None:
-    """Finds out before the work whether its results can be written.
+def make_folder(folder: pathlib.Path) -> None:
+    """Makes the folder for results, before the work, and finds out whether they can be written.
 
     Raises:
       UserError: they cannot.
@@ -122,10 +110,9 @@ def check_folder(folder: pathlib.Path) -> None:
 
 
 def write(name: str, figure: PaperFigure, numbers: Numbers, folder: pathlib.Path) -> None:
-    """Writes ``<name>.png``, ``.svg`` and ``.json``."""
+    """Writes ``<name>.png``, ``.svg`` and ``.json`` into a folder that is there."""
     drawn = figure.draw(numbers)
     with refused_by_system(f"--out={folder} cannot be written to"):
-        folder.mkdir(parents=True, exist_ok=True)
         drawn.savefig(folder / f"{name}.png", dpi=110)
         drawn.savefig(folder / f"{name}.svg")
         record = {"claim": figure.claim} | numbers

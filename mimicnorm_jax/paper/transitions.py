@@ -91,7 +91,7 @@ def _conditioning(data: Data, quick: bool) -> Numbers:
     """Of real networks, and of the element-wise theory from their first layer's kernel."""
     batch, width, draws, depths = QUICK if quick else FULL
     chosen = data.some(batch)
-    batch = len(chosen)
+    batch = len(chosen)  # of a small data set
     found: Numbers = {
         "depths": depths,
         "images": batch,

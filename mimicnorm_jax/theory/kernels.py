@@ -37,7 +37,10 @@ class _Transition(NamedTuple):
 
 
 def _transition_of(
-    kind: Kind, width: int | None, weight_variance: float | None, bias_variance: float
+    kind: Kind,
+    width: int | None = None,
+    weight_variance: float | None = None,
+    bias_variance: float = 0.0,
 ) -> _Transition:
     if kind not in KINDS:
         raise unknown("kind of network", kind, KINDS)
@@ -126,7 +129,7 @@ def stable_weight_variance(kind: Kind, width: int | None = None) -> float:
     2 for a straight network, ``2n/((n-1)(1-1/pi))`` with weight mean; a weight has this over
     its fan-in. Arguments and errors as for ``transition``.
     """
-    scale = _transition_of(kind, width, None, 0.0).scale
+    scale = _transition_of(kind, width).scale
     return scale / _remaining(kind, width)
 
 
@@ -243,10 +246,10 @@ def nngp(rho0: jax.typing.ArrayLike, depth: int, kind: Kind, **options: Any) -> 
 
     Args:
       rho0: the correlation of the first layer's pre-activations, K^1 = K^0 in eq. 1: numbers of
-        any shape, such as a kernel matrix of a data set with 1 on the diagonal.
+        any shape, such as a kernel matrix of a data set with 1 on the diagonal. Within
+        some rounding errors of 1 and -1 they count as these: deep chaotic networks tell apart
+        what differs by one.
       depth: number of transitions, each a ReLU and a layer; 0 returns ``rho0``.
-        Within some rounding errors of 1 and -1 it counts as these, which deep chaotic networks
-        would take for different inputs.
       kind: of the network.
       options: as for ``transition``.
 
@@ -284,14 +287,7 @@ def ntk(rho0: jax.typing.ArrayLike, depth: int, kind: Kind, **options: Any) -> j
 def _checked(depth: Any, kind: Kind, options: dict[str, Any]) -> int:
     if not isinstance(depth, numbers.Integral) or depth < 0:
         raise UserError(f"depth = {depth} is not a number of transitions: an integer, 0 or more")
-    _check_stable(
-        _transition_of(
-            kind,
-            options.get("width"),
-            options.get("weight_variance"),
-            options.get("bias_variance", 0.0),
-        )
-    )
+    _check_stable(_transition_of(kind, **options))
     return int(depth)
 
 

@@ -36,9 +36,8 @@ class PlainBatchNorm(BatchNorm):
         return nnx.relu
 
     def conv_layer(self, fan_in: int, site: Site) -> Callable[..., Function]:
-        ours: Any = super().conv_layer(fan_in, site)
-        options = {name: v for name, v in ours.keywords.items() if name != "narrow"}
-        return functools.partial(nnx.Conv, **options)
+        ours: Any = Method.conv_layer(self, fan_in, site)
+        return functools.partial(nnx.Conv, **ours.keywords)
 
 
 @dataclasses.dataclass(frozen=True)

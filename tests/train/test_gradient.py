@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 
 from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.tools.compiled import abstract_arguments, images_without_data, program_of
+from mimicnorm_jax.tools.targets import mesh_of
+from mimicnorm_jax.tools.variants import parse_variants
 from mimicnorm_jax.train import gradient, step
 from mimicnorm_jax.train.provenance import config_as_json
 from mimicnorm_jax.train.setup import set_up
@@ -55,6 +58,19 @@ def test_a_loop_over_the_parts_as_on_a_gpu_gives_the_same(tiny_config, float64, 
     divided = train(tiny_config(**common, num_devices=2, micro_batches=2), 2)
     np.testing.assert_allclose(divided.losses, whole.losses, rtol=1e-9)
     assert relative_difference(divided.gradient, whole.gradient) < 1e-9
+
+
+def test_the_program_of_a_tpu_reads_the_parts_where_they_lie(tiny_config):
+    """What it saves is in ``tests/tools/test_memory.py``, where a TPU's compiler is installed."""
+    (variant,) = parse_variants(tiny_config(micro_batches=2), ["mimicnorm"])
+    program = program_of(variant, mesh_of("cpu", 1))
+    arguments = abstract_arguments(program, images_without_data(program.config))
+    traced = program.train_step.trace(*arguments)
+    constraints = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text().count("LayoutConstraint")
+        for platform in ("tpu", "cpu")
+    }
+    assert constraints == {"tpu": 4, "cpu": 0}  # forward and backward, of either part
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])
