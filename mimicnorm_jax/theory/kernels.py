@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import scipy.optimize
+import scipy.special
 
 from mimicnorm_jax.errors import UserError, unknown
 from mimicnorm_jax.theory.dual import dual_activation, dual_activation_derivative
@@ -28,12 +29,32 @@ _AT_ONE = 0.5  # dual_activation(1)
 
 
 class _Transition(NamedTuple):
-    """``T(rho) = scale (dual_activation(rho) - offset) + bias``, and ``at_one`` = T(1)."""
+    """``T(rho) = scale (dual_activation(rho) - offset) + bias``, and ``at_one`` = T(1).
 
-    scale: float
-    offset: float
-    bias: float
-    at_one: float
+    Numbers, or arrays with one for every layer.
+    """
+
+    scale: Any
+    offset: Any
+    bias: Any
+    at_one: Any
+
+    def after(self, variance: float) -> _Transition:
+        """That of the correlation, where pre-activations have this variance, not 1.
+
+        The covariance becomes ``variance scale (dual(rho) - offset) + bias``; this is it over the
+        variance that it has at 1.
+        """
+        growth = self.growth(variance)
+        bias = self.bias / variance if self.bias else 0.0
+        return _Transition(self.scale / growth, self.offset, bias / growth, at_one=1.0)
+
+    def growth(self, variance: float) -> float:
+        """By what a layer multiplies the variance of the pre-activations."""
+        if variance == 1.0:
+            return float(self.at_one)
+        kept = self.scale * (_AT_ONE - self.offset)
+        return float(kept + self.bias / variance if self.bias else kept)
 
 
 def _transition_of(
@@ -102,11 +123,16 @@ def transition(
     Raises:
       UserError: a wrong kind or number.
     """
-    scale, offset, bias, at_one = _transition_of(kind, width, weight_variance, bias_variance)
+    return _apply(_transition_of(kind, width, weight_variance, bias_variance), rho)
+
+
+def _apply(found: _Transition, rho: jax.typing.ArrayLike) -> jax.Array:
     dual = dual_activation(rho)
     # Down from 1, where a rounded 1 would turn the derivative, which falls there like a root.
     return jnp.where(
-        dual > _AT_ZERO, at_one - scale * (_AT_ONE - dual), scale * (dual - offset) + bias
+        dual > _AT_ZERO,
+        found.at_one - found.scale * (_AT_ONE - dual),
+        found.scale * (dual - found.offset) + found.bias,
     )
 
 
@@ -145,13 +171,32 @@ def chi1(
     weight_variance: float | None = None,
     bias_variance: float = 0.0,
 ) -> float:
-    """The derivative of the transition at 1, which decides the phase (Theorems 1 to 3).
+    """The derivative at 1 of the correlation's transition, which decides the phase (Theorem 1).
 
-    1 for a straight network with sigma_w^2 = 2 (below with a bias: Proposition 1),
-    ``1/(1 - 1/pi)`` = 1.467 with weight mean and with BatchNorm. Arguments as for ``transition``.
+    1 for a straight network without biases and below 1 with them (Proposition 1);
+    ``1/(1 - 1/pi)`` = 1.467 with weight mean (Theorem 3) and with BatchNorm (Theorem 2). It is
+    half of ``weight_variance`` where the variance of the pre-activations comes to rest above 0.
+    Where it vanishes or grows without end, what a bias adds or how large the weights are does
+    not matter to correlations: there it is as without a bias.
+
+    Arguments and errors as for ``transition``, and an error where no weight nor bias is left.
     """
-    scale = _transition_of(kind, width, weight_variance, bias_variance).scale
-    return scale / 2.0
+    return _in_the_limit(_transition_of(kind, width, weight_variance, bias_variance)).scale / 2.0
+
+
+def _in_the_limit(found: _Transition) -> _Transition:
+    """The correlation's transition in deep layers, whose variance has come to rest or grown."""
+    _check_alive(found)
+    kept = found.scale * (_AT_ONE - found.offset)
+    if found.at_one == 1.0:
+        return found
+    at_rest = found.bias / (1.0 - kept) if kept < 1.0 else math.inf
+    return found.after(at_rest or 1.0)  # without a bias every variance has the same
+
+
+def _check_alive(found: _Transition) -> None:
+    if not found.at_one > 0:
+        raise UserError("weight_variance = 0 without a bias: every output is 0")
 
 
 def phase(chi1: float, *, tolerance: float = 1e-9) -> Phase:
@@ -188,61 +233,38 @@ def fixed_points(
     weight_variance: float | None = None,
     bias_variance: float = 0.0,
 ) -> list[FixedPoint]:
-    """All fixed points of the transition in [-1, 1], in ascending order (Fig. 4).
+    """All fixed points of the correlation's transition in [-1, 1], in ascending order (Fig. 4).
 
-    The transition is strictly convex, so there are at most two of them, one on each side of
-    where its slope is 1. Arguments as for ``transition``.
-
-    Raises:
-      UserError: a wrong kind or number, or T(1) is not 1.
+    1 always is one, the only one where ``chi1`` is at most 1. With ``rho = cos t`` the other
+    solves ``(1 - cos t)(1 - 1/chi_1) = (sin t - t cos t) / pi``. Arguments and errors as for
+    ``chi1``, with whose variances the transition is meant.
     """
-    _check_stable(_transition_of(kind, width, weight_variance, bias_variance))
-    options: dict[str, Any] = {
-        "width": width,
-        "weight_variance": weight_variance,
-        "bias_variance": bias_variance,
-    }
-
-    def growth(rho: float) -> float:
-        return float(transition(rho, kind, **options) - rho)
-
-    # growth falls up to where the transition has slope 1, and rises from there on
-    steepest = 2.0 * chi1(kind, **options)
-    lowest = -math.cos(2.0 * math.pi / steepest) if steepest > 2.0 else 1.0
-    found: list[FixedPoint] = []
-    for low, high in ((-1.0, lowest), (lowest, 1.0)):
-        rho = _root(growth, low, high)
-        if rho is None or any(abs(rho - other.rho) < 1e-6 for other in found):
-            continue
-        derivative = float(transition_derivative(rho, kind, **options))
-        # a convex curve that touches the diagonal draws near from below only: all there is at 1
-        touches = abs(derivative - 1.0) < 1e-6 and rho == 1.0
-        found.append(FixedPoint(rho, derivative, stable=touches or derivative < 1.0))
-    return found
+    slope = chi1(kind, width=width, weight_variance=weight_variance, bias_variance=bias_variance)
+    angle = _meeting(slope)
+    rho = math.cos(angle)
+    if rho == 1.0:  # the transition touches the diagonal from above, or as good as
+        return [FixedPoint(1.0, slope, stable=True)]
+    lower = FixedPoint(rho, slope * (1.0 - angle / math.pi), stable=True)
+    return [lower, FixedPoint(1.0, slope, stable=False)]
 
 
-def _check_stable(found: _Transition) -> None:
-    """A covariance is a correlation only where the variance stays 1."""
-    if abs(found.at_one - 1.0) > 1e-6:
-        raise UserError(
-            f"T(1) = {found.at_one:.6g}, so variances change from layer to layer and are no "
-            "correlations; leave weight_variance out for the stable one"
-        )
+def _meeting(slope: float) -> float:
+    """The angle t > 0 of the lower fixed point, 0 where there is none."""
+    if slope <= 1.0:
+        return 0.0
 
+    def excess(angle: float) -> float:
+        # sin t - t cos t is t^2 j_1(t), which does not cancel
+        curved = angle**2 * scipy.special.spherical_jn(1, angle) / math.pi
+        return curved - 2.0 * math.sin(angle / 2.0) ** 2 * (1.0 - 1.0 / slope)
 
-def _root(function: Callable[[float], float], low: float, high: float) -> float | None:
-    """Where a monotonous function is 0 between two points, or touches 0 at one of them."""
-    resolution = 4.0 * float(jnp.finfo(jnp.result_type(float)).eps)
-    for end in (high, low):
-        if abs(function(end)) <= resolution:
-            return end
-    if function(low) * function(high) > 0:
-        return None
-    return float(scipy.optimize.brentq(function, low, high, xtol=1e-15))
+    # it is about t^2 (2 t / (3 pi) - (1 - 1/slope)) / 2 and negative at half of where that is 0
+    low = 0.75 * math.pi * (1.0 - 1.0 / slope)
+    return float(scipy.optimize.brentq(excess, low, math.pi, xtol=1e-15))
 
 
 def nngp(rho0: jax.typing.ArrayLike, depth: int, kind: Kind, **options: Any) -> jax.Array:
-    """The correlation after ``depth`` transitions (eq. 2), element by element.
+    """The NNGP kernel after ``depth`` transitions (eq. 2), element by element.
 
     Args:
       rho0: the correlation of the first layer's pre-activations, K^1 = K^0 in eq. 1: numbers of
@@ -251,16 +273,16 @@ def nngp(rho0: jax.typing.ArrayLike, depth: int, kind: Kind, **options: Any) -> 
         what differs by one.
       depth: number of transitions, each a ReLU and a layer; 0 returns ``rho0``.
       kind: of the network.
-      options: as for ``transition``.
+      options: as for ``transition``. With a ``weight_variance`` that does not keep the
+        variance at 1, it is carried along; it may vanish or overflow in deep networks.
+
+    Returns:
+      Covariances, which are correlations where ``T(1) = 1``; else divide by ``nngp(1.0, ...)``.
 
     Raises:
-      UserError: a wrong kind or number, or T(1) is not 1.
+      UserError: a wrong kind or number, or neither weights nor biases.
     """
-
-    def layer(_: int, correlation: jax.Array) -> jax.Array:
-        return transition(correlation, kind, **options)
-
-    return jax.lax.fori_loop(0, _checked(depth, kind, options), layer, _correlations(rho0))
+    return _kernels(rho0, depth, kind, options)[0]
 
 
 def ntk(rho0: jax.typing.ArrayLike, depth: int, kind: Kind, **options: Any) -> jax.Array:
@@ -274,21 +296,34 @@ def ntk(rho0: jax.typing.ArrayLike, depth: int, kind: Kind, **options: Any) -> j
 
     Arguments, result and errors as for ``nngp``.
     """
-
-    def layer(_: int, kernels: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        correlation, tangent = kernels
-        after = transition(correlation, kind, **options)
-        return after, after + transition_derivative(correlation, kind, **options) * tangent
-
-    rho = _correlations(rho0)
-    return jax.lax.fori_loop(0, _checked(depth, kind, options), layer, (rho, rho))[1]
+    return _kernels(rho0, depth, kind, options)[1]
 
 
-def _checked(depth: Any, kind: Kind, options: dict[str, Any]) -> int:
+def _kernels(
+    rho0: jax.typing.ArrayLike, depth: Any, kind: Kind, options: dict[str, Any]
+) -> tuple[jax.Array, jax.Array]:
+    """Both kernels: their correlations layer by layer, times the variance at the end."""
     if not isinstance(depth, numbers.Integral) or depth < 0:
         raise UserError(f"depth = {depth} is not a number of transitions: an integer, 0 or more")
-    _check_stable(_transition_of(kind, **options))
-    return int(depth)
+    found = _transition_of(kind, **options)
+    _check_alive(found)
+    variance, layers = 1.0, []
+    for _ in range(int(depth)):
+        layers.append(found.after(variance))
+        variance *= found.growth(variance)
+
+    def layer(
+        kernels: tuple[jax.Array, jax.Array], step: _Transition
+    ) -> tuple[tuple[jax.Array, jax.Array], None]:
+        correlation, tangent = kernels
+        after = _apply(step, correlation)
+        slope = step.scale * dual_activation_derivative(correlation)
+        return (after, after + slope * tangent), None
+
+    rho = _correlations(rho0)
+    steps = _Transition(*np.asarray(layers, rho.dtype).reshape(-1, 4).T)
+    (correlation, tangent), _ = jax.lax.scan(layer, (rho, rho), steps)
+    return variance * correlation, variance * tangent
 
 
 def _correlations(rho0: jax.typing.ArrayLike) -> jax.Array:

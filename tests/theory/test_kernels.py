@@ -130,6 +130,71 @@ def test_fixed_points(float64):
     assert low.rho == pytest.approx(float(iterated), abs=1e-9)
 
 
+@pytest.mark.parametrize("distance", [1e-3, 1e-5, 1e-7])
+def test_fixed_points_that_are_about_to_meet(distance):
+    """Without float64 too; chi_1 is 1 where the bias's variance is 1/pi."""
+    low, one = fixed_points("weight_mean", bias_variance=1 / math.pi - distance)
+    assert low.stable and low.derivative < 1.0 < one.derivative and not one.stable
+    # near 1, of the angle t: 2 t / (3 pi) = 1 - 1/chi_1
+    angle = 1.5 * math.pi * (1 - 1 / one.derivative)
+    assert 1 - low.rho == pytest.approx(angle**2 / 2, rel=max(distance, 1e-2))
+    assert len(fixed_points("weight_mean", bias_variance=1 / math.pi)) == 1
+    assert len(fixed_points("weight_mean", bias_variance=1 / math.pi + distance)) == 1
+
+
+# variances that vanish, come to rest, grow like the depth, and grow like powers
+UNSTABLE = [
+    ("straight", {"weight_variance": 1.0}),
+    ("straight", {"weight_variance": 1.0, "bias_variance": 0.3}),
+    ("straight", {"weight_variance": 2.0, "bias_variance": 0.3}),
+    ("straight", {"weight_variance": 3.0, "bias_variance": 0.3}),
+    ("weight_mean", {"weight_variance": 2.0, "bias_variance": 0.3}),
+    ("weight_mean", {"weight_variance": 4.0, "width": 3}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), UNSTABLE)
+def test_variances_that_change_are_carried_along(kind, options, float64):
+    """Against the recursion of covariances, in numpy and with eq. 4 as printed."""
+    rho = np.array([-0.9, -0.2, 0.0, 0.4, 0.95, 1.0])
+    weights, bias = options["weight_variance"], options.get("bias_variance", 0.0)
+    if "width" in options:
+        weights *= 1 - 1 / options["width"]
+    variance, nngps, ntks = 1.0, rho, rho
+    for _ in range(7):
+        c = nngps / variance
+        dual = (np.sqrt(1 - c**2) + (np.pi - np.arccos(c)) * c) / (2 * np.pi)
+        lost = 1 / (2 * np.pi) if kind == "weight_mean" else 0.0
+        slope = weights * (np.pi - np.arccos(c)) / (2 * np.pi)
+        nngps = weights * variance * (dual - lost) + bias
+        ntks = nngps + slope * ntks
+        variance = weights * variance * (0.5 - lost) + bias
+    np.testing.assert_allclose(nngp(rho, 7, kind, **options), nngps, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(ntk(rho, 7, kind, **options), ntks, rtol=1e-9, atol=1e-12)
+    # deep networks come to where fixed_points says, and the phase is that of their NTK
+    c = nngp(0.5, 900, kind, **options) / nngp(1.0, 900, kind, **options)
+    (point,) = [point for point in fixed_points(kind, **options) if point.stable]
+    assert c == pytest.approx(point.rho, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "at_least", "at_most"),
+    [
+        ({"weight_variance": 1.0}, "critical", 7 / 3, 2.5),  # 1 + B/3 as with the stable one
+        ({"weight_variance": 3.0, "bias_variance": 0.3}, "critical", 7 / 3, 2.5),
+        ({"weight_variance": 1.0, "bias_variance": 0.3}, "ordered", 1e6, math.inf),
+        ({"kind": "weight_mean", "weight_variance": 9.0}, "chaotic", 1.0, 1.001),
+        ({"kind": "weight_mean", "weight_variance": 0.1}, "chaotic", 1.0, 1.001),
+    ],
+)
+def test_phases_are_of_condition_numbers(options, expected, at_least, at_most, float64):
+    """Theorem 1, where variances change too: conditioning does not know how large outputs are."""
+    options = {"kind": "straight"} | options
+    assert phase(chi1(**options)) == expected
+    kernel = jnp.full((4, 4), 0.5) + 0.5 * jnp.eye(4)
+    assert at_least <= condition_number(ntk(kernel, 200, **options)) <= at_most
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_diagonal_of_a_data_set_stays_in_deep_networks(kind):
     """Rounded to just below 1 it would be what a chaotic network tells apart."""
@@ -225,8 +290,8 @@ def test_condition_numbers():
         (lambda: chi1("straight", weight_variance=math.nan), "weight_variance = nan"),
         (lambda: nngp(0.0, -1, "straight"), "depth = -1 is not a number of transitions"),
         (lambda: ntk(0.0, 2.5, "straight"), "depth = 2.5 is not a number of transitions"),
-        (lambda: nngp(0.5, 3, "straight", weight_variance=1.0), r"T\(1\) = 0.5, so variances"),
-        (lambda: fixed_points("straight", weight_variance=3.0), r"T\(1\) = 1.5, so variances"),
+        (lambda: nngp(0.5, 3, "straight", weight_variance=0.0), "every output is 0"),
+        (lambda: fixed_points("weight_mean", weight_variance=0.0), "every output is 0"),
         (lambda: chi1("weight_mean", bias_variance=1.5), "leaves no stable weight_variance"),
         (lambda: phase(math.nan), "chi1 = nan is no derivative"),
         (lambda: conv_kernels(jnp.zeros((1, 4, 4, 1)), 1, "batch_norm"), "unknown kind of conv"),
