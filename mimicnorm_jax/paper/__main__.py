@@ -2,6 +2,7 @@ r"""Draws the paper's figures from real networks and real images.
 
 python -m mimicnorm_jax.paper figure4 --out figures
 python -m mimicnorm_jax.paper all --quick --out figures --data DIR_OF_MNIST
+python -m mimicnorm_jax.paper figure10 --out figures --data DIR  # DIR/train/<class>/*.jpg
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def _parse(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.Na
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
     parser.add_argument("--quick", action="store_true", help="smaller networks, a few minutes")
     parser.add_argument(
-        "--data", default="digits", help="digits (default), or a folder with MNIST's files (.gz)"
+        "--data",
+        default="digits",
+        help="digits (default), or a folder with MNIST's files (.gz) or train/<class>/*.{jpg,png}",
     )
     return parser.parse_args(arguments)
 

@@ -23,8 +23,7 @@ _PAIRS = 200
 
 def _layers(kind: Kind, images: jax.Array, count: int) -> list[jax.Array]:
     """The hidden layers of a network of ``count`` dense layers at initialization."""
-    size = images.shape[1]
-    create = mlp(kind, count - 2, WIDTH, size)
+    create = mlp(kind, count - 2, WIDTH, *images.shape[2:])
 
     @jax.jit
     def run(images: jax.Array) -> list[jax.Array]:

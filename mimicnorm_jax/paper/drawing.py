@@ -13,8 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
+from mimicnorm_jax.data.folder import FolderSource
 from mimicnorm_jax.data.generated import read_digits
 from mimicnorm_jax.data.idx import read_split
+from mimicnorm_jax.data.sources import ArraySource, View, cache, channel_statistics
 from mimicnorm_jax.errors import UserError, refused_by_system
 from mimicnorm_jax.theory.kernels import Kind
 
@@ -30,13 +32,14 @@ NAMES: dict[Kind, str] = {
 }
 Numbers = dict[str, Any]
 _FEWEST = 16  # images of the smallest figure
+_SIZE = 32  # of images in class folders, as CIFAR's
 
 
 class Data(NamedTuple):
     """Real images.
 
     Attributes:
-      pixels: uint8 ``(N, H, W)``.
+      pixels: uint8 ``(N, H, W, C)``, square.
       labels: int ``(N,)``.
     """
 
@@ -46,11 +49,17 @@ class Data(NamedTuple):
     def some(self, count: int) -> jax.Array:
         """``count`` images, or all if there are fewer, chosen at random.
 
-        They are float32 ``(count, H, W, 1)``; all images together have mean 0 and variance 1.
+        They are float32 ``(count, H, W, C)``; every channel of all images together has mean 0
+        and variance 1.
         """
         chosen = np.random.default_rng(0).permutation(len(self.pixels))[:count]
-        pixels = self.pixels[chosen].astype(np.float32)[..., None]
-        return jnp.asarray((pixels - self.pixels.mean()) / self.pixels.std())
+        mean, std = channel_statistics(self.source())
+        return jnp.asarray((self.pixels[chosen] / 255 - mean) / std, jnp.float32)
+
+    def source(self) -> ArraySource:
+        """For ``data.pipeline.Pipeline``."""
+        names = [str(label) for label in range(int(self.labels.max()) + 1)]
+        return ArraySource(self.pixels, self.labels, names)
 
 
 class PaperFigure(NamedTuple):
@@ -71,22 +80,32 @@ def load(data: str) -> Data:
     """Real images and their labels.
 
     Args:
-      data: ``"digits"``, scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; or a folder
-        with MNIST's own files, of the training split if it is there, else of the test split.
+      data: ``"digits"``, scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; a folder
+        with MNIST's own files, of the training split if it is there, else of the test split; or a
+        folder with images in ``train/<class>/``, made 32 x 32 pixels.
 
     Raises:
       UserError: there are no such images.
     """
     if data == "digits":
-        return Data(*read_digits())
+        pixels, labels = read_digits()
+        return Data(pixels[..., None], labels)
     folder = pathlib.Path(data).expanduser()
     with refused_by_system(f"--data={data} cannot be read"):
         if not folder.is_dir():
-            raise UserError(f"--data={data} is neither digits nor a folder with MNIST's files")
+            raise UserError(f"--data={data} is neither digits nor a folder")
+        classes = (folder / "train").is_dir()
         split = "train" if any(folder.glob("train-*-ubyte*")) else "test"
-    pixels, labels = read_split(folder, split)
-    if len(pixels) < _FEWEST or pixels.shape[1] != pixels.shape[2] or not pixels.std() > 0:
-        raise UserError(f"--data={data} has not {_FEWEST} square images of something")
+    if classes:
+        view = View(size=_SIZE, resize=_SIZE, upright=True)
+        found = cache(FolderSource(folder / "train", view), description="decoding")
+        pixels, labels = found.images, found.labels
+    else:
+        pixels, labels = read_split(folder, split)
+        pixels = pixels[..., None]
+    square = pixels.shape[1] == pixels.shape[2]
+    if len(pixels) < _FEWEST or not square or len(np.unique(labels)) < 2 or not np.ptp(pixels) > 0:
+        raise UserError(f"--data={data} has not {_FEWEST} square images of two things or more")
     return Data(pixels, labels)
 
 

@@ -15,13 +15,14 @@ from mimicnorm_jax.config import default_config, validate
 from mimicnorm_jax.data.augment import normalize
 from mimicnorm_jax.data.images import centre_crop
 from mimicnorm_jax.data.pipeline import Pipeline
-from mimicnorm_jax.data.sources import ArraySource
+from mimicnorm_jax.data.sources import channel_statistics
 from mimicnorm_jax.paper.drawing import Data, Numbers, PaperFigure, new_figure
 from mimicnorm_jax.parallel import make_mesh, shard_batch
 from mimicnorm_jax.train.program import Images, make_program
 
 _SIZE = 32
 _RATE = 0.1
+_STEPS = 390  # of 256 images: two epochs of CIFAR
 _MOMENTUM = 0.1  # in PyTorch's sense, as the paper says
 _NETWORKS = {"vgg11": "VGG11", "resnet18": "ResNet18"}
 _METHODS = {
@@ -41,23 +42,25 @@ def _variances(
     config.schedule.name, config.schedule.warmup_epochs = "constant", 0.0
     config.precision = "float32"
     validate(config)
-    pixels = np.stack([centre_crop(image, _SIZE, _SIZE) for image in data.pixels])[..., None]
-    names = [str(label) for label in range(int(data.labels.max()) + 1)]
-    source = ArraySource(pixels, data.labels, names)
-    moments = {"mean": (float(pixels.mean() / 255),), "std": (float(pixels.std() / 255),)}
+    if data.pixels.shape[1] != _SIZE:  # digits and MNIST, which are grey
+        large = [centre_crop(image, _SIZE, _SIZE) for image in data.pixels[..., 0]]
+        data = Data(np.stack(large)[..., None], data.labels)
+    source = data.source()
+    classes = len(source.class_names)
+    mean, std = (tuple(values.tolist()) for values in channel_statistics(source))
     mesh = make_mesh(1)
     program = make_program(
-        config, Images(source.image_shape, len(names), len(source), **moments), mesh
+        config, Images(source.image_shape, classes, len(source), mean, std), mesh
     )
     keys = jax.random.split(jax.random.key(0), batch)
 
     @jax.jit
     def variance(params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
-        inputs = normalize(images, dtype=jnp.float32, **moments)
+        inputs = normalize(images, mean=mean, std=std, dtype=jnp.float32)
         logits = program.network.apply_body(params, batch_stats, inputs, keys)
         return jnp.var(logits, axis=0, ddof=1)
 
-    state, running, found = program.initial_state(), np.ones(len(names)), []
+    state, running, found = program.initial_state(), np.ones(classes), []
     pipeline = Pipeline(source, batch_size=batch, seed=0)
     shown = tqdm(range(steps), f"{network} {method}", leave=False, disable=not sys.stderr.isatty())
     for step in shown:
@@ -72,7 +75,7 @@ def _variances(
 
 
 def _figure10(data: Data, quick: bool) -> Numbers:
-    width, batch, steps = (1 / 8, 32, 40) if quick else (1 / 4, 64, 120)
+    width, batch, steps = (1 / 8, 32, 40) if quick else (1.0, 256, _STEPS)
     found: Numbers = {"learning_rate": _RATE, "width": width, "batch": batch, "steps": steps}
     options: dict[str, Any] = {"width": width, "batch": batch, "steps": steps}
     found["networks"] = {

@@ -107,7 +107,7 @@ def _conditioning(data: Data, quick: bool) -> Numbers:
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         for depth in depths:
             estimate = empirical_kernels(
-                mlp(kind, depth, width, chosen.shape[1]),
+                mlp(kind, depth, width, *chosen.shape[2:]),
                 chosen,
                 outputs=pre_activations(depth),
                 count=draws,

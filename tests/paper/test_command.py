@@ -6,8 +6,10 @@ import struct
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.paper import depth, last_bn
 from mimicnorm_jax.paper.__main__ import main
 from mimicnorm_jax.paper.drawing import load
 
@@ -59,6 +61,7 @@ def test_mnist_files_are_read(tmp_path):
         (pixels[:3], "do not belong together"),
         (pixels[:, :, :20], "has not 16 square images"),
         (np.zeros_like(pixels), "has not 16 square images"),
+        (np.zeros_like(labels), "square images of two things"),
     ):
         name = "t10k-labels-idx1" if array.ndim == 1 else "t10k-images-idx3"
         kept = (tmp_path / f"{name}-ubyte.gz").read_bytes()
@@ -67,8 +70,24 @@ def test_mnist_files_are_read(tmp_path):
             load(str(tmp_path))
         (tmp_path / f"{name}-ubyte.gz").write_bytes(kept)
     data = load(str(tmp_path))
-    np.testing.assert_array_equal(data.pixels, pixels)
+    np.testing.assert_array_equal(data.pixels[..., 0], pixels)
     np.testing.assert_array_equal(data.labels, labels)
     images = data.some(100)
     assert images.shape == (17, 28, 28, 1)
     assert abs(images.mean()) < 1e-5 and abs(images.std() - 1) < 1e-5
+
+
+def test_class_folders_are_read_in_colour(tmp_path):
+    random = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for index in range(8):
+            pixels = random.integers(0, 256, (40, 48, 3), np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "train" / name / f"{index}.png")
+    data = load(str(tmp_path))
+    assert data.pixels.shape == (16, 32, 32, 3) and data.labels.tolist() == [0] * 8 + [1] * 8
+    images = data.some(16)
+    np.testing.assert_allclose(images.std((0, 1, 2)), 1, atol=1e-5)
+    assert [layer.shape for layer in depth._layers("straight", images, 3)] == [(16, 300)] * 2
+    found = last_bn._variances("resnet8", "mimicnorm", data, width=0.25, batch=8, steps=2)
+    assert np.shape(found) == (2, 2) and np.all(np.isfinite(found))

@@ -95,13 +95,13 @@ def test_pairs_of_images_through_depth(name, digits, tmp_path):
 
 def test_outputs_surge_without_the_last_bn(digits):
     """Figure 10, of a narrower network: with it the variance grows too, but less and less."""
-    options = {"width": 1 / 16, "batch": 32, "steps": 12}
+    options = {"width": 1 / 16, "batch": 32, "steps": 40}
     kept = last_bn._variances("vgg11", "mimicnorm", digits, **options)
     lost = last_bn._variances("vgg11", "weightmean", digits, **options)
-    assert np.shape(kept) == (12, 10) and np.all(np.isfinite(kept))
+    assert np.shape(kept) == (40, 10) and np.all(np.isfinite(kept))
     growth = np.diff(np.log(np.mean(kept, axis=1)))
-    assert growth[-3:].mean() < growth[:6].max() / 2
-    assert len(lost) < 12 or np.max(lost[-1]) > 1e3 * np.max(kept[-1])
+    assert growth[-10:].mean() < growth[:10].mean() / 3
+    assert len(lost) < 10  # not finite any more
 
 
 def test_straight_networks_are_badly_conditioned(digits, tmp_path, monkeypatch):
