@@ -101,7 +101,8 @@ def _draw_figure10(numbers: Numbers) -> Figure:
                 axes.plot(len(rows), max(rows[-1]), "x", color=colour, ms=8)
             axes.plot([], [], color=colour, label=label)
         axes.set_yscale("log")
-        axes.set_title(f"{_NETWORKS[network]}, {numbers['width']:g} of the channels", fontsize=9)
+        share = "" if numbers["width"] == 1 else f", {numbers['width']:g} of the channels"
+        axes.set_title(f"{_NETWORKS[network]}{share}", fontsize=9)
         axes.set_xlabel(f"step of {numbers['batch']} images")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -112,5 +113,5 @@ def _draw_figure10(numbers: Numbers) -> Figure:
 FIGURE10 = PaperFigure(
     _figure10,
     _draw_figure10,
-    "at a large rate the outputs' variance surges within steps; with the last BN less and less",
+    "at a large rate the outputs' variance surges within steps; the last BN lets it come to rest",
 )
