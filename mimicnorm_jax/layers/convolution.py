@@ -1,35 +1,21 @@
-"""Convolution with its backward pass under control: what it keeps, and how a CPU computes it."""
+"""Convolution with its backward pass under control: what it keeps of its input, and when."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
+from mimicnorm_jax.layers.convolution_forms import (
+    Geometry,
+    convolution,
+    convolution_gradients,
+)
 from mimicnorm_jax.layers.order import after
 from mimicnorm_jax.layers.storage import Codec, Stored, decode, encode, rounded
 from mimicnorm_jax.layers.varying import as_varying, axes_of
-
-
-class Geometry(NamedTuple):
-    """Everything about a convolution but its operands; hashable.
-
-    Attributes:
-      strides: one a spatial axis.
-      padding: ``"SAME"``, ``"VALID"`` or ``(low, high)`` a spatial axis.
-      kernel_dilation: one a spatial axis.
-      feature_group_count: number of groups the channels are split into.
-      precision: ``jax.lax.Precision``.
-    """
-
-    strides: tuple[int, ...]
-    padding: str | tuple[tuple[int, int], ...]
-    kernel_dilation: tuple[int, ...]
-    feature_group_count: int = 1
-    precision: Any = None
 
 
 def convolve(
@@ -86,13 +72,13 @@ _Kept = tuple[jax.Array | Stored, jax.Array | None, _Shared]
 def _convolve(
     x: jax.Array, shared: _Shared, geometry: Geometry, codec: Codec | None, narrow: bool
 ) -> jax.Array:
-    return _convolve_shared(x, shared, geometry)
+    return convolution(*shared.operands(x), geometry)
 
 
 def _forward(
     x: jax.Array, shared: _Shared, geometry: Geometry, codec: Codec | None, narrow: bool
 ) -> tuple[jax.Array, _Kept]:
-    y = _convolve_shared(x, shared, geometry)
+    y = convolution(*shared.operands(x), geometry)
     if codec is not None:
         return y, (encode(x, codec), None, shared)
     usual = narrow and geometry.precision is None and shared.offset is None
@@ -120,9 +106,8 @@ def _backward(
         )
     if shared.scale is not None:
         shared = shared._replace(kernel=_late_on_cpu(shared.kernel, gradient))
-    # linear in either operand, so each gradient needs only the other
-    _, transpose = jax.vjp(lambda x, shared: _convolve_shared(x, shared, geometry), x, shared)
-    return transpose(gradient)
+    (x, kernel), to_given = jax.vjp(lambda x, shared: shared.operands(x), x, shared)
+    return to_given(convolution_gradients(x, kernel, gradient, geometry))
 
 
 _convolve.defvjp(_forward, _backward)
@@ -134,71 +119,3 @@ def _late_on_cpu(x: jax.Array, gradient: jax.Array) -> jax.Array:
     XLA's CPU backend would transpose the input in the forward pass, and keep it twice.
     """
     return lax.platform_dependent(x, gradient, cpu=after, default=lambda x, gradient: x)
-
-
-def _convolve_shared(x: jax.Array, shared: _Shared, geometry: Geometry) -> jax.Array:
-    x, kernel = shared.operands(x)
-    return _compute(x, kernel, geometry)
-
-
-def _compute(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
-    library = functools.partial(_library, geometry=geometry)
-    on_cpu = functools.partial(_as_matrices, geometry=geometry)
-    if not _suits_matrices(x, kernel, geometry):
-        return library(x, kernel)
-    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=library)
-
-
-def _library(x: jax.Array, kernel: jax.Array, *, geometry: Geometry) -> jax.Array:
-    spatial = "HWDUVXYZ"[: x.ndim - 2]
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        geometry.strides,
-        geometry.padding,
-        rhs_dilation=geometry.kernel_dilation,
-        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-        feature_group_count=geometry.feature_group_count,
-        precision=geometry.precision,
-    )
-
-
-def _suits_matrices(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> bool:
-    """Whether a CPU is faster with matrix products than with XLA's convolution.
-
-    An image smaller than the kernel falls to a naive loop there (a 3x3 kernel on VGG's last 2x2
-    images: 90 times slower than this), and the kernel gradient of a 1x1 convolution is not seen
-    to be a matrix product (3 to 8 times slower).
-    """
-    window, spatial = kernel.shape[:-2], x.shape[1:-1]
-    plain = geometry.feature_group_count == 1 and set(geometry.kernel_dilation) == {1}
-    padding = geometry.padding
-    plain = plain and (isinstance(padding, str) or min(map(min, padding), default=0) >= 0)
-    small = any(extent < size for extent, size in zip(spatial, window, strict=True))
-    return plain and len(window) == 2 and (small or window == (1, 1))
-
-
-def _as_matrices(x: jax.Array, kernel: jax.Array, *, geometry: Geometry) -> jax.Array:
-    """The sum over the kernel's positions of products of shifted images and matrices."""
-    window, strides, sides = kernel.shape[:2], geometry.strides, geometry.padding
-    if isinstance(sides, str):
-        sides = tuple(lax.padtype_to_pads(x.shape[1:3], window, strides, sides))
-    x = jnp.pad(x, ((0, 0), *sides, (0, 0)))
-    rows, columns = (
-        (extent - size) // stride + 1
-        for extent, size, stride in zip(x.shape[1:3], window, strides, strict=True)
-    )
-
-    def every(start: int, count: int, stride: int) -> slice:
-        return slice(start, start + (count - 1) * stride + 1, stride)
-
-    products = [
-        jnp.matmul(
-            x[:, every(i, rows, strides[0]), every(j, columns, strides[1])],
-            kernel[i, j],
-            precision=geometry.precision,
-        )
-        for i in range(window[0])
-        for j in range(window[1])
-    ]
-    return functools.reduce(jnp.add, products)

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from mimicnorm_jax.layers.convolution import Geometry, convolve
+from mimicnorm_jax.layers.convolution import convolve
+from mimicnorm_jax.layers.convolution_forms import Geometry
 from mimicnorm_jax.layers.storage import Codec
 
 WeightMean = Literal["reparameterized", "projected"]

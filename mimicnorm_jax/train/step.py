@@ -31,6 +31,8 @@ class TrainStep(Protocol):
 
     def lower(self, state: TrainState, batch: Any) -> jax.stages.Lowered: ...
 
+    def trace(self, state: TrainState, batch: Any) -> jax.stages.Traced: ...
+
 
 SeveralSteps = Callable[[TrainState, tuple[Any, ...], jax.Array], tuple[TrainState, Metrics]]
 EvalStep = Callable[[Any, Any, Any], Metrics]

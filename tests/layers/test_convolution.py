@@ -8,7 +8,8 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from mimicnorm_jax.layers.convolution import Geometry, convolve
+from mimicnorm_jax.layers.convolution import convolve
+from mimicnorm_jax.layers.convolution_forms import Geometry
 from mimicnorm_jax.layers.storage import Codec
 from mimicnorm_jax.models import create_model
 
@@ -24,6 +25,19 @@ CASES = {
     "named padding": ((2, 2), (3, 3), 4, Geometry((1, 1), "SAME", (1, 1))),
     "depthwise": ((6, 6), (3, 3), 1, Geometry((2, 2), SAME, (1, 1), 4)),
     "dilated": ((7, 7), (3, 3), 4, Geometry((1, 1), SAME, (2, 2))),
+}
+
+
+# what a CPU computes in tiles, with enough channels; and of which of the three it does
+TILES = {
+    "all": ((4, 6), 128, 256, Geometry((1, 1), SAME, (1, 1)), 0),
+    "gradient of the kernel": ((16, 18), 32, 32, Geometry((1, 1), SAME, (1, 1)), 2),
+    "not the kernel's": ((4, 6), 64, 512, Geometry((1, 1), "SAME", (1, 1)), 1),
+    "no padding": ((6, 4), 128, 256, Geometry((1, 1), "VALID", (1, 1)), 0),
+    "uneven padding": ((6, 4), 256, 128, Geometry((1, 1), ((1, 1), (0, 2)), (1, 1)), 0),
+    "odd padding": ((7, 4), 256, 128, Geometry((1, 1), ((1, 2), (1, 1)), (1, 1)), 3),
+    "odd": ((7, 6), 128, 256, Geometry((1, 1), SAME, (1, 1)), 3),
+    "strided": ((8, 6), 128, 256, Geometry((2, 2), SAME, (1, 1)), 3),
 }
 
 
@@ -44,10 +58,46 @@ def operands(extents, window, features_in, out=8, dtype=jnp.float64):
     return x, jax.random.normal(jax.random.key(1), (*window, features_in, out), dtype)
 
 
+def in_tiles(case, dtype=jnp.float64):
+    extents, inner, outer, *rest = TILES[case]
+    x = jax.random.normal(jax.random.key(0), (4, *extents, inner), dtype)
+    return x, jax.random.normal(jax.random.key(1), (3, 3, inner, outer), dtype), *rest
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_lax(case, float64):
     extents, window, features, geometry = CASES[case]
-    x, kernel = operands(extents, window, features)
+    _assert_equal_to_lax(*operands(extents, window, features), geometry)
+
+
+@pytest.mark.parametrize("case", TILES)
+def test_values_and_gradients_in_tiles_are_those_of_lax(case, float64):
+    x, kernel, geometry, plain = in_tiles(case)
+    _assert_equal_to_lax(x, kernel, geometry)
+
+    def all_three(x, kernel, gradient):
+        y, transpose = jax.vjp(lambda x, k: convolve(x, k, geometry), x, kernel)
+        return y, transpose(gradient)
+
+    gradient = jax.eval_shape(lambda x, k: convolve(x, k, geometry), x, kernel)
+    text = jax.jit(all_three).lower(x, kernel, gradient).compile().as_text()
+    assert text.count(" convolution(") == plain
+
+
+def test_tiles_are_as_accurate_as_the_direct_sum(float64):
+    """In float32; and with bfloat16, where they would not be, there are none."""
+    x, kernel, geometry, _ = in_tiles("all", jnp.float32)
+    exact = reference(x.astype(jnp.float64), kernel.astype(jnp.float64), geometry)
+
+    def error(y):
+        return np.linalg.norm(y - exact) / np.linalg.norm(exact)
+
+    assert error(convolve(x, kernel, geometry)) < 3 * error(reference(x, kernel, geometry)) < 2e-6
+    x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    assert "convolution" in jax.jit(convolve, static_argnums=2).lower(x, kernel, geometry).as_text()
+
+
+def _assert_equal_to_lax(x, kernel, geometry):
     y, transpose = jax.vjp(lambda x, k: convolve(x, k, geometry), x, kernel)
     expected, expected_transpose = jax.vjp(lambda x, k: reference(x, k, geometry), x, kernel)
     np.testing.assert_allclose(y, expected, rtol=1e-10, atol=1e-12)
@@ -76,11 +126,14 @@ def test_an_offset_is_added_before_the_padding(codec, float64):
 
 
 @pytest.mark.parametrize("codec", [None, Codec(8, False), Codec(4, False)])
-@pytest.mark.parametrize("case", ["3x3", "1x1"])
+@pytest.mark.parametrize("case", ["3x3", "1x1", "tiles"])
 def test_the_gradient_of_a_shared_kernel_is_summed_over_the_devices(case, codec, float64):
-    extents, window, features, geometry = CASES[case]
-    _, kernel = operands(extents, window, features)
-    x = jax.random.normal(jax.random.key(0), (8, *extents, 4), jnp.float64)
+    if case == "tiles":
+        x, kernel, geometry, _ = in_tiles("all")
+    else:
+        extents, window, features, geometry = CASES[case]
+        _, kernel = operands(extents, window, features)
+        x = jax.random.normal(jax.random.key(0), (8, *extents, 4), jnp.float64)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def loss(operands, x):
@@ -120,6 +173,20 @@ def test_on_cpu_neither_1x1_nor_small_images_reach_the_slow_convolutions():
         text = jax.jit(gradients).lower(x, kernel).as_text()
         assert "stablehlo.convolution" not in text, case
         assert "stablehlo.dot_general" in text, case
+
+
+def test_tiles_are_in_memory_one_after_the_other():
+    """And the kernel's gradient is there before the layer below begins."""
+    x, kernels = jnp.zeros((8, 32, 32, 64)), [jnp.zeros((3, 3, 64, 64))] * 5
+
+    def loss(kernels, x):
+        for kernel in kernels:
+            x = jnp.tanh(convolve(x, kernel, TILES["all"][3]))
+        return jnp.sum(x)
+
+    compiled = jax.jit(jax.grad(loss)).lower(kernels, x).compile()
+    # five inputs, one output, gradient and copy; without order five or six more
+    assert compiled.memory_analysis().temp_size_in_bytes < 10 * x.nbytes
 
 
 def test_on_cpu_the_input_is_not_transposed_before_its_gradient_is_due():

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mimicnorm_jax.layers.convolution import Geometry, convolve
+from mimicnorm_jax.layers.convolution import convolve
+from mimicnorm_jax.layers.convolution_forms import Geometry
 from mimicnorm_jax.layers.relu import relu
 from mimicnorm_jax.layers.storage import Codec, codec_of, decode, encode, rounded
 

@@ -1,0 +1,187 @@
+"""How a convolution and both of its gradients are computed: by XLA, or what is faster on a CPU."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mimicnorm_jax.layers.order import after
+from mimicnorm_jax.layers.winograd import (
+    winograd,
+    winograd_input_gradient,
+    winograd_kernel_gradient,
+)
+
+_Sides = tuple[tuple[int, int], ...]
+
+
+class Geometry(NamedTuple):
+    """Everything about a convolution but its operands; hashable.
+
+    Attributes:
+      strides: one a spatial axis.
+      padding: ``"SAME"``, ``"VALID"`` or ``(low, high)`` a spatial axis.
+      kernel_dilation: one a spatial axis.
+      feature_group_count: number of groups the channels are split into.
+      precision: ``jax.lax.Precision``.
+    """
+
+    strides: tuple[int, ...]
+    padding: str | tuple[tuple[int, int], ...]
+    kernel_dilation: tuple[int, ...]
+    feature_group_count: int = 1
+    precision: Any = None
+
+
+def convolution(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    """Convolves ``(B, *spatial, in)`` with ``(*window, in / groups, out)`` of the same type."""
+    plainly = functools.partial(_plainly, geometry=geometry)
+    if not _suits_winograd(x, kernel, geometry):
+        return plainly(x, kernel)
+
+    def on_cpu(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return winograd(_padded(x, kernel, geometry), kernel)
+
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=plainly)
+
+
+def convolution_gradients(
+    x: jax.Array, kernel: jax.Array, gradient: jax.Array, geometry: Geometry
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients of both operands, given that of the result."""
+
+    def plainly(
+        x: jax.Array, kernel: jax.Array, gradient: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        # linear in either operand, so each gradient needs only the other
+        _, transpose = jax.vjp(lambda x, kernel: _plainly(x, kernel, geometry), x, kernel)
+        return transpose(gradient)
+
+    tiles_for_x = _suits_winograd(x, kernel, geometry)
+    tiles_for_kernel = _suits_winograd(x, kernel, geometry, for_kernel=True)
+    if not tiles_for_x and not tiles_for_kernel:
+        return plainly(x, kernel, gradient)
+
+    def on_cpu(x: jax.Array, kernel: jax.Array, gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+        of_x, of_kernel = plainly(x, kernel, gradient)
+        if tiles_for_x:
+            sides = [(2 - low, 2 - high) for low, high in _sides(x, kernel, geometry)]
+            padded = jnp.pad(gradient, ((0, 0), *sides, (0, 0)))
+            of_x = winograd_input_gradient(padded, kernel)
+        if tiles_for_kernel:
+            of_kernel = winograd_kernel_gradient(_padded(x, kernel, geometry), gradient)
+        # else the kernel's would come last, and what it is made of would be kept until then
+        return after(of_x, of_kernel), of_kernel
+
+    return lax.platform_dependent(x, kernel, gradient, cpu=on_cpu, default=plainly)
+
+
+def _plainly(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    library = functools.partial(_library, geometry=geometry)
+    on_cpu = functools.partial(_as_matrices, geometry=geometry)
+    if not _suits_matrices(x, kernel, geometry):
+        return library(x, kernel)
+    return lax.platform_dependent(x, kernel, cpu=on_cpu, default=library)
+
+
+def _library(x: jax.Array, kernel: jax.Array, *, geometry: Geometry) -> jax.Array:
+    spatial = "HWDUVXYZ"[: x.ndim - 2]
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        geometry.strides,
+        geometry.padding,
+        rhs_dilation=geometry.kernel_dilation,
+        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+        feature_group_count=geometry.feature_group_count,
+        precision=geometry.precision,
+    )
+
+
+def _sides(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> _Sides:
+    """The padding in numbers."""
+    if not isinstance(geometry.padding, str):
+        return geometry.padding
+    extents, window = x.shape[1:-1], kernel.shape[:-2]
+    return tuple(lax.padtype_to_pads(extents, window, geometry.strides, geometry.padding))
+
+
+def _padded(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
+    return jnp.pad(x, ((0, 0), *_sides(x, kernel, geometry), (0, 0)))
+
+
+def _is_usual(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> bool:
+    """Two spatial axes, no groups, no dilation, no negative padding."""
+    return (
+        x.ndim == 4
+        and geometry.feature_group_count == 1
+        and set(geometry.kernel_dilation) == {1}
+        and min(map(min, _sides(x, kernel, geometry))) >= 0
+    )
+
+
+def _suits_winograd(
+    x: jax.Array, kernel: jax.Array, geometry: Geometry, *, for_kernel: bool = False
+) -> bool:
+    """Whether a CPU is faster with ``winograd``: as measured, on two cores.
+
+    Its transforms move four times the data, for which many channels make up. They must be fewer
+    for the kernel's gradient, where XLA takes up to six times as long as for the others.
+    """
+    *window, inner, outer = kernel.shape
+    one_by_one = geometry.strides == (1, 1) and geometry.precision is None
+    if not _is_usual(x, kernel, geometry) or window != [3, 3] or not one_by_one:
+        return False
+    if kernel.dtype.itemsize < 4:  # sums that are rounded to bfloat16 would lose digits
+        return False
+    extents, fewest = x.shape[1:3], min(inner, outer)
+    if for_kernel:
+        enough = fewest >= 32 and fewest * min(extents) >= 512
+    else:
+        enough = inner * outer >= 2**15
+    sides = _sides(x, kernel, geometry)
+    fits = all(
+        extent % 2 == 0 and (low + high) % 2 == 0 and max(low, high) <= 2
+        for extent, (low, high) in zip(extents, sides, strict=True)
+    )
+    return enough and fits
+
+
+def _suits_matrices(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> bool:
+    """Whether a CPU is faster with matrix products than with XLA's convolution.
+
+    An image smaller than the kernel falls to a naive loop there (a 3x3 kernel on VGG's last 2x2
+    images: 90 times slower than this), and the kernel gradient of a 1x1 convolution is not seen
+    to be a matrix product (3 to 8 times slower).
+    """
+    window, spatial = kernel.shape[:-2], x.shape[1:-1]
+    small = any(extent < size for extent, size in zip(spatial, window, strict=True))
+    return _is_usual(x, kernel, geometry) and (small or window == (1, 1))
+
+
+def _as_matrices(x: jax.Array, kernel: jax.Array, *, geometry: Geometry) -> jax.Array:
+    """The sum over the kernel's positions of products of shifted images and matrices."""
+    window, strides = kernel.shape[:2], geometry.strides
+    x = _padded(x, kernel, geometry)
+    rows, columns = (
+        (extent - size) // stride + 1
+        for extent, size, stride in zip(x.shape[1:3], window, strides, strict=True)
+    )
+
+    def every(start: int, count: int, stride: int) -> slice:
+        return slice(start, start + (count - 1) * stride + 1, stride)
+
+    products = [
+        jnp.matmul(
+            x[:, every(i, rows, strides[0]), every(j, columns, strides[1])],
+            kernel[i, j],
+            precision=geometry.precision,
+        )
+        for i in range(window[0])
+        for j in range(window[1])
+    ]
+    return functools.reduce(jnp.add, products)

@@ -1,0 +1,102 @@
+"""3x3 convolutions with 16 products where 36 are usual (Winograd; Lavin and Gray 2016).
+
+A tile of 2x2 outputs takes 4x4 inputs. Both are transformed along rows and along columns, and
+then every position of a transformed tile has a matrix product of its own: the algorithm
+F(2x2, 3x3), whose transforms only add and halve, so that it rounds as the direct sum does.
+
+Images are padded, ``(B, H, W, in)`` with H and W even, and outputs ``(B, H - 2, W - 2, out)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from mimicnorm_jax.layers.order import after
+
+_Rows = tuple[tuple[float, ...], ...]
+# outputs = A ((G kernel G') * (B inputs B')) A'
+_B: _Rows = ((1, 0, -1, 0), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, 0, -1))
+_G: _Rows = ((1, 0, 0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0, 0, 1))
+_A: _Rows = ((1, 1, 1, 0), (0, 1, -1, -1))
+
+
+def winograd(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Convolves images with a kernel ``(3, 3, in, out)``."""
+    return _convolved(x, [[kernel[i, j] for j in range(3)] for i in range(3)])
+
+
+def winograd_input_gradient(gradient: jax.Array, kernel: jax.Array) -> jax.Array:
+    """The gradient of images without padding; that of the outputs is padded as images are.
+
+    It is a convolution with the kernel turned by 180 degrees, its channels exchanged.
+    """
+    turned = [[kernel[2 - i, 2 - j] for j in range(3)] for i in range(3)]
+    return _convolved(gradient, turned, exchanged=True)
+
+
+def _convolved(x: jax.Array, kernels: list[list[jax.Array]], exchanged: bool = False) -> jax.Array:
+    tiles = _every_other(x, 4)
+    products: list[list[jax.Array]] = []
+    for b_row, g_row in zip(_B, _G, strict=True):
+        products.append([])
+        for b_column, g_column in zip(_B, _G, strict=True):
+            matrix = _sum(g_row, g_column, kernels)
+            # by the product: transposed as an array it would be read across, 16 times
+            matrix = matrix.T if exchanged else matrix
+            products[-1].append(_sum(b_row, b_column, tiles) @ matrix)
+    outputs = [[_sum(row, column, products) for column in _A] for row in _A]
+    lines = jnp.stack([jnp.stack(of_row, axis=3) for of_row in outputs], axis=2)
+    batch, height, width, _ = x.shape
+    return lines.reshape(batch, height - 2, width - 2, -1)
+
+
+def winograd_kernel_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """The gradient of the kernel ``(3, 3, in, out)``, given images and that of the outputs."""
+    tiles, outputs = _every_other(x, 4), _every_other(gradient, 2)
+    products: list[list[jax.Array]] = []
+    for row in range(4):
+        products.append([])
+        for column in range(4):
+            tile = _sum(_B[row], _B[column], tiles)
+            output = _sum(_column(_A, row), _column(_A, column), outputs)
+            # flat: a product over three axes is several times slower
+            product = tile.reshape(-1, x.shape[-1]).T @ output.reshape(-1, gradient.shape[-1])
+            products[-1].append(product)
+            # one position at a time is in memory
+            tiles = _every_other(after(x, product), 4)
+            outputs = _every_other(after(gradient, product), 2)
+    window = [[_sum(_column(_G, i), _column(_G, j), products) for j in range(3)] for i in range(3)]
+    return jnp.stack([jnp.stack(of_row) for of_row in window])
+
+
+def _column(rows: _Rows, index: int) -> list[float]:
+    return [row[index] for row in rows]
+
+
+def _every_other(x: jax.Array, count: int) -> list[list[jax.Array]]:
+    """Row i and column j of all tiles, of which each begins 2 after the one before."""
+    rows, columns = (extent - count + 2 for extent in x.shape[1:3])
+    return [
+        [x[:, i : i + rows : 2, j : j + columns : 2] for j in range(count)] for i in range(count)
+    ]
+
+
+def _sum(
+    row: Sequence[float], column: Sequence[float], matrix: Sequence[Sequence[jax.Array]]
+) -> jax.Array:
+    """``row matrix column'``, with nothing where a factor is 0 and no product where it is 1."""
+    total = None
+    for i, by_row in enumerate(row):
+        for j, by_column in enumerate(column):
+            factor = by_row * by_column
+            if factor:
+                term = matrix[i][j] if abs(factor) == 1 else abs(factor) * matrix[i][j]
+                if total is None:
+                    total = term if factor > 0 else -term
+                else:
+                    total = total + term if factor > 0 else total - term
+    assert total is not None
+    return total
