@@ -127,10 +127,12 @@ def _is_usual(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> bool:
 def _suits_winograd(
     x: jax.Array, kernel: jax.Array, geometry: Geometry, *, for_kernel: bool = False
 ) -> bool:
-    """Whether a CPU is faster with ``winograd``: as measured, on two cores.
+    """Whether a CPU is faster with ``winograd``, and takes little more memory: as measured.
 
-    Its transforms move four times the data, for which many channels make up. They must be fewer
-    for the kernel's gradient, where XLA takes up to six times as long as for the others.
+    Its transforms move four times the data, for which many channels make up, and hold them, but
+    for the kernel's gradient: so the rest is for small images only. The kernel's, for which XLA
+    takes up to six times as long, needs fewer channels. Where their number changes behind a pool
+    its memory would show in the peak of VGG11 with BatchNorm.
     """
     *window, inner, outer = kernel.shape
     one_by_one = geometry.strides == (1, 1) and geometry.precision is None
@@ -138,11 +140,11 @@ def _suits_winograd(
         return False
     if kernel.dtype.itemsize < 4:  # sums that are rounded to bfloat16 would lose digits
         return False
-    extents, fewest = x.shape[1:3], min(inner, outer)
+    extents = x.shape[1:3]
     if for_kernel:
-        enough = fewest >= 32 and fewest * min(extents) >= 512
+        enough = inner == outer >= 32 and inner * min(extents) >= 512
     else:
-        enough = inner * outer >= 2**15
+        enough = inner * outer >= 2**15 and max(extents) <= 4
     sides = _sides(x, kernel, geometry)
     fits = all(
         extent % 2 == 0 and (low + high) % 2 == 0 and max(low, high) <= 2

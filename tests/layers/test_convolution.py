@@ -30,14 +30,14 @@ CASES = {
 
 # what a CPU computes in tiles, with enough channels; and of which of the three it does
 TILES = {
-    "all": ((4, 6), 128, 256, Geometry((1, 1), SAME, (1, 1)), 0),
+    "all": ((4, 4), 192, 192, Geometry((1, 1), SAME, (1, 1)), 0),
     "gradient of the kernel": ((16, 18), 32, 32, Geometry((1, 1), SAME, (1, 1)), 2),
-    "not the kernel's": ((4, 6), 64, 512, Geometry((1, 1), "SAME", (1, 1)), 1),
-    "no padding": ((6, 4), 128, 256, Geometry((1, 1), "VALID", (1, 1)), 0),
-    "uneven padding": ((6, 4), 256, 128, Geometry((1, 1), ((1, 1), (0, 2)), (1, 1)), 0),
-    "odd padding": ((7, 4), 256, 128, Geometry((1, 1), ((1, 2), (1, 1)), (1, 1)), 3),
-    "odd": ((7, 6), 128, 256, Geometry((1, 1), SAME, (1, 1)), 3),
-    "strided": ((8, 6), 128, 256, Geometry((2, 2), SAME, (1, 1)), 3),
+    "not the kernel's": ((4, 4), 128, 256, Geometry((1, 1), "SAME", (1, 1)), 1),
+    "no padding": ((4, 4), 192, 192, Geometry((1, 1), "VALID", (1, 1)), 0),
+    "uneven padding": ((4, 4), 192, 192, Geometry((1, 1), ((1, 1), (0, 2)), (1, 1)), 0),
+    "odd padding": ((4, 4), 192, 192, Geometry((1, 1), ((1, 2), (1, 1)), (1, 1)), 3),
+    "odd": ((3, 4), 192, 192, Geometry((1, 1), SAME, (1, 1)), 3),
+    "strided": ((4, 4), 192, 192, Geometry((2, 2), SAME, (1, 1)), 3),
 }
 
 
