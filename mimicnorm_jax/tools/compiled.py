@@ -9,12 +9,14 @@ import json
 import math
 import os
 import pathlib
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.extend.mlir.passmanager import PassManager
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -181,8 +183,23 @@ def _digest(lowered: Any, target: str) -> str:
     plugin = {"tpu": "libtpu", "gpu": "jax-cuda12-plugin"}.get(target[:3])
     versions = [f"{name} {_version(name)}" for name in ("jaxlib", plugin) if name]
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    said = "\n".join([target, *versions, *flags, lowered.as_text()])
+    said = "\n".join([target, *versions, *flags, _canonical(lowered)])
     return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _canonical(lowered: Any) -> str:
+    """The program as text, the same however it came about.
+
+    Of what is computed in another way on each platform, JAX leaves a branch with one case, and
+    numbers its functions through those of all platforms: a layer that becomes faster on a CPU
+    would seem to change what a TPU computes.
+    """
+    module = lowered.compiler_ir()
+    with module.context:
+        program = module.operation.clone()
+        PassManager.parse("builtin.module(canonicalize,cse,symbol-dce)").run(program)
+    names: dict[str, str] = {}
+    return re.sub(r"@\w+_\d+", lambda m: names.setdefault(m[0], f"@{len(names)}"), str(program))
 
 
 def _remembered(lowered: Any, digest: str, platform: str) -> dict[str, Any]:

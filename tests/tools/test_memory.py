@@ -4,7 +4,10 @@ import dataclasses
 import importlib.util
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax import lax
 
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.recipes import cifar100
@@ -209,6 +212,27 @@ def test_what_was_compiled_is_not_compiled_again(monkeypatch):
     assert first == again
     with pytest.raises(pytest.fail.Exception):  # another program
         rows_of("mlp", ["nonorm"], batch=8)
+
+
+def test_a_program_is_known_by_what_its_own_platform_computes():
+    def step_with(**forms):
+        def step(x):
+            for _ in range(2):  # JAX numbers functions also through these
+                x = lax.platform_dependent(x, **forms) if len(forms) > 1 else forms["default"](x)
+                x = x + jnp.where(x[:1] > 0, x[:1], 2)
+            return jnp.where(x > 0, x, 2), jnp.where(x[0] > 0, x[0], 3)
+
+        lowered = jax.jit(step).lower(jax.ShapeDtypeStruct((4, 4), jnp.float32))
+        return lowered.as_text(), compiled._digest(lowered, "cpu")
+
+    def another(x):
+        return jnp.where(x[:2] > 0, x[:2], 1).T @ x[:2]
+
+    text, digest = step_with(default=jnp.sin)
+    text_for_tpus, digest_for_tpus = step_with(tpu=another, default=jnp.sin)
+    assert text != text_for_tpus
+    assert digest == digest_for_tpus
+    assert digest != step_with(cpu=another, default=jnp.sin)[1]
 
 
 def test_a_table_has_the_papers_saving_beside_ours(tmp_path, monkeypatch):
