@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 from mimicnorm_jax.layers.convolution_forms import (
     Geometry,
     convolution,
     convolution_gradients,
 )
-from mimicnorm_jax.layers.order import after
+from mimicnorm_jax.layers.order import after, after_on_cpu
 from mimicnorm_jax.layers.storage import Codec, Stored, decode, encode, rounded
 from mimicnorm_jax.layers.varying import as_varying, axes_of
 
@@ -64,8 +67,16 @@ class _Shared(NamedTuple):
         return x, kernel.astype(x.dtype)
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """What the derivative is taken by."""
+
+    kernel: bool
+
+
 # the input (whole, or rounded, or encoded), and what is shared
-_Kept = tuple[jax.Array | Stored, jax.Array | None, _Shared]
+_Kept = tuple[jax.Array | Stored, jax.Array | None, _Shared, _Wanted]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -76,20 +87,29 @@ def _convolve(
 
 
 def _forward(
-    x: jax.Array, shared: _Shared, geometry: Geometry, codec: Codec | None, narrow: bool
+    primal: Any, primals: Any, geometry: Geometry, codec: Codec | None, narrow: bool
 ) -> tuple[jax.Array, _Kept]:
+    wanted = _Wanted(kernel=any(leaf.perturbed for leaf in primals if leaf is not None))
+    shared: _Shared
+    x, shared = custom_vjp_primal_tree_values((primal, primals))
     y = convolution(*shared.operands(x), geometry)
     if codec is not None:
-        return y, (encode(x, codec), None, shared)
+        return y, (encode(x, codec), None, shared, wanted)
     usual = narrow and geometry.precision is None and shared.offset is None
     # Of what it is given here, a backend keeps only what its own backward pass takes.
-    return y, (x, rounded(x) if usual else None, shared)
+    return y, (x, rounded(x) if usual else None, shared, wanted)
 
 
 def _backward(
-    geometry: Geometry, codec: Codec | None, narrow: bool, kept: _Kept, gradient: jax.Array
+    geometry: Geometry,
+    codec: Codec | None,
+    narrow: bool,
+    kept: _Kept,
+    gradient: jax.Array | SymbolicZero,
 ) -> tuple[jax.Array, _Shared]:
-    x, shortened, shared = kept
+    x, shortened, shared, wanted = kept
+    if isinstance(gradient, SymbolicZero):
+        gradient = jnp.zeros(gradient.shape, gradient.dtype)
     if isinstance(x, Stored):
         assert codec is not None
         x = decode(Stored(after(x.codes, gradient), x.step), codec, gradient.dtype)
@@ -100,17 +120,20 @@ def _backward(
             x,
             shortened,
             gradient,
-            cpu=lambda x, short, gradient: after(x, gradient),
+            cpu=lambda x, short, gradient: after_on_cpu(x, gradient),
             tpu=lambda x, short, gradient: short.astype(x.dtype),
             default=lambda x, short, gradient: x,
         )
     if shared.scale is not None:
         shared = shared._replace(kernel=_late_on_cpu(shared.kernel, gradient))
     (x, kernel), to_given = jax.vjp(lambda x, shared: shared.operands(x), x, shared)
-    return to_given(convolution_gradients(x, kernel, gradient, geometry))
+    gradients = convolution_gradients(
+        x, kernel, gradient, geometry, both=wanted.kernel, lean=codec is not None
+    )
+    return to_given(gradients)
 
 
-_convolve.defvjp(_forward, _backward)
+_convolve.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _late_on_cpu(x: jax.Array, gradient: jax.Array) -> jax.Array:
@@ -118,4 +141,4 @@ def _late_on_cpu(x: jax.Array, gradient: jax.Array) -> jax.Array:
 
     XLA's CPU backend would transpose the input in the forward pass, and keep it twice.
     """
-    return lax.platform_dependent(x, gradient, cpu=after, default=lambda x, gradient: x)
+    return lax.platform_dependent(x, gradient, cpu=after_on_cpu, default=lambda x, gradient: x)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 
-from mimicnorm_jax.layers.order import after
+from mimicnorm_jax.layers.order import after_on_cpu
 from mimicnorm_jax.layers.winograd import (
     winograd,
     winograd_input_gradient,
@@ -50,9 +52,24 @@ def convolution(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Arra
 
 
 def convolution_gradients(
-    x: jax.Array, kernel: jax.Array, gradient: jax.Array, geometry: Geometry
+    x: jax.Array,
+    kernel: jax.Array,
+    gradient: jax.Array,
+    geometry: Geometry,
+    *,
+    both: bool = True,
+    lean: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The gradients of both operands, given that of the result."""
+    """The gradients of both operands, given that of the result.
+
+    Those of a CPU are NaN for all images if one number is none, because one waits for another.
+
+    Args:
+      x, kernel, gradient: the operands, and the gradient of their convolution.
+      geometry: strides, padding and the like.
+      both: order them, so that memory is used again; what is not needed is computed then too.
+      lean: save memory rather than time.
+    """
 
     def plainly(
         x: jax.Array, kernel: jax.Array, gradient: jax.Array
@@ -62,7 +79,7 @@ def convolution_gradients(
         return transpose(gradient)
 
     tiles_for_x = _suits_winograd(x, kernel, geometry)
-    tiles_for_kernel = _suits_winograd(x, kernel, geometry, for_kernel=True)
+    tiles_for_kernel = _suits_winograd(x, kernel, geometry, for_kernel=True) and not lean
     if not tiles_for_x and not tiles_for_kernel:
         return plainly(x, kernel, gradient)
 
@@ -75,7 +92,7 @@ def convolution_gradients(
         if tiles_for_kernel:
             of_kernel = winograd_kernel_gradient(_padded(x, kernel, geometry), gradient)
         # else the kernel's would come last, and what it is made of would be kept until then
-        return after(of_x, of_kernel), of_kernel
+        return after_on_cpu(of_x, of_kernel) if both else of_x, of_kernel
 
     return lax.platform_dependent(x, kernel, gradient, cpu=on_cpu, default=plainly)
 
@@ -130,9 +147,12 @@ def _suits_winograd(
     """Whether a CPU is faster with ``winograd``, and takes little more memory: as measured.
 
     Its transforms move four times the data, for which many channels make up, and hold them, but
-    for the kernel's gradient: so the rest is for small images only. The kernel's, for which XLA
-    takes up to six times as long, needs fewer channels. Where their number changes behind a pool
-    its memory would show in the peak of VGG11 with BatchNorm.
+    for the kernel's gradient: so the rest is for images of 4x4 only. The kernel's, for which XLA
+    takes up to three times as long, needs fewer channels: by the number of channels times the
+    side of the image, as XLA's own speed goes. Beyond 32x32 memory counts for more than time.
+    The kernel is transformed as well, so few tiles do not pay, and of none there is no shape.
+    Where the number of channels changes behind a pool, the memory of the kernel's gradient would
+    show in the peak of VGG11 with BatchNorm.
     """
     *window, inner, outer = kernel.shape
     one_by_one = geometry.strides == (1, 1) and geometry.precision is None
@@ -140,17 +160,17 @@ def _suits_winograd(
         return False
     if kernel.dtype.itemsize < 4:  # sums that are rounded to bfloat16 would lose digits
         return False
-    extents = x.shape[1:3]
+    batch, *extents, _ = x.shape
+    if is_symbolic_dim(batch):  # exported for batches of any size
+        return False
     if for_kernel:
-        enough = inner == outer >= 32 and inner * min(extents) >= 512
+        enough = inner == outer and inner * min(extents) >= 1024 and max(extents) <= 32
     else:
-        enough = inner * outer >= 2**15 and max(extents) <= 4
+        enough = inner * outer >= 2**15 and extents == [4, 4]
     sides = _sides(x, kernel, geometry)
-    fits = all(
-        extent % 2 == 0 and (low + high) % 2 == 0 and max(low, high) <= 2
-        for extent, (low, high) in zip(extents, sides, strict=True)
-    )
-    return enough and fits
+    padded = [extent + low + high for extent, (low, high) in zip(extents, sides, strict=True)]
+    fits = max(map(max, sides)) <= 2 and all(n % 2 == 0 for n in (*extents, *padded))
+    return enough and fits and batch * math.prod(n // 2 - 1 for n in padded) >= 128
 
 
 def _suits_matrices(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> bool:

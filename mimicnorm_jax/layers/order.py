@@ -14,21 +14,21 @@ def after(x: jax.Array, result: jax.Array) -> jax.Array:
 
     Args:
       x: numbers of any type.
-      result: floating-point, at least one element.
+      result: floating-point; if it is empty, ``x`` waits for nothing.
     """
-    return lax.platform_dependent(x, result, cpu=_by_dependence, default=_by_barrier)
+    return lax.platform_dependent(x, result, cpu=after_on_cpu, default=_by_barrier)
 
 
 def _by_barrier(x: jax.Array, result: jax.Array) -> jax.Array:
     return lax.optimization_barrier((x, result))[0]
 
 
-def _by_dependence(x: jax.Array, result: jax.Array) -> jax.Array:
-    """For XLA's CPU backend, which takes barriers away before it orders anything.
+def after_on_cpu(x: jax.Array, result: jax.Array) -> jax.Array:
+    """``after`` in a program that only CPUs run: XLA's backend takes barriers away there.
 
     It adds a zero of which only ``result`` tells that it is one (or no number, if that is none).
     """
-    return x + _zero(result).astype(x.dtype)
+    return x + _zero(result).astype(x.dtype) if result.size else x
 
 
 def _zero(witness: jax.Array) -> jax.Array:

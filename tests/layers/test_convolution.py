@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax import lax
+from jax import export, lax
 from jax.sharding import PartitionSpec as P
 
 from mimicnorm_jax.layers.convolution import convolve
@@ -28,16 +28,48 @@ CASES = {
 }
 
 
-# what a CPU computes in tiles, with enough channels; and of which of the three it does
+ONE = Geometry((1, 1), SAME, (1, 1))
+
+
+def padded(*sides):
+    return ONE._replace(padding=sides)
+
+
+# batch, extents, channels in and out, geometry; and what a CPU's program has of it, its result and
+# both gradients together: convolutions, and matrix products (of tiles: 16 each)
 TILES = {
-    "all": ((4, 4), 192, 192, Geometry((1, 1), SAME, (1, 1)), 0),
-    "gradient of the kernel": ((16, 18), 32, 32, Geometry((1, 1), SAME, (1, 1)), 2),
-    "not the kernel's": ((4, 4), 128, 256, Geometry((1, 1), "SAME", (1, 1)), 1),
-    "no padding": ((4, 4), 192, 192, Geometry((1, 1), "VALID", (1, 1)), 0),
-    "uneven padding": ((4, 4), 192, 192, Geometry((1, 1), ((1, 1), (0, 2)), (1, 1)), 0),
-    "odd padding": ((4, 4), 192, 192, Geometry((1, 1), ((1, 2), (1, 1)), (1, 1)), 3),
-    "odd": ((3, 4), 192, 192, Geometry((1, 1), SAME, (1, 1)), 3),
-    "strided": ((4, 4), 192, 192, Geometry((2, 2), SAME, (1, 1)), 3),
+    "all": (32, (4, 4), 192, 192, ONE, (1, 32)),
+    "all, with the kernel's": (32, (4, 4), 256, 256, ONE, (0, 48)),
+    "gradient of the kernel": (2, (16, 18), 64, 64, ONE, (2, 16)),
+    "channels in and out differ": (32, (4, 4), 128, 256, ONE._replace(padding="SAME"), (1, 32)),
+    "padding of columns": (64, (4, 4), 192, 192, padded((0, 0), (1, 1)), (1, 32)),
+    "uneven padding": (32, (4, 4), 192, 192, padded((1, 1), (0, 2)), (1, 32)),
+}
+# what is not, for one reason each
+NO_TILES = {
+    "few tiles": (31, (4, 4), 256, 256, ONE, (3, 0)),
+    "few tiles of the kernel's": (1, (16, 14), 128, 128, ONE, (3, 0)),
+    "few channels": (32, (4, 4), 128, 255, ONE, (3, 0)),
+    "few channels of the kernel's": (2, (16, 18), 63, 63, ONE, (3, 0)),
+    "kernel's, in and out differ": (2, (16, 18), 64, 128, ONE, (3, 0)),
+    "larger": (32, (4, 6), 192, 192, ONE, (3, 0)),
+    "smaller": (256, (2, 2), 192, 192, ONE, (0, 27)),
+    "large": (1, (32, 34), 64, 64, ONE, (3, 0)),
+    "odd padding": (64, (4, 4), 192, 192, padded((1, 2), (1, 1)), (3, 0)),
+    "odd": (2, (17, 18), 64, 64, ONE, (3, 0)),
+    "negative padding": (128, (4, 4), 192, 192, padded((-1, 1), (1, 1)), (3, 0)),
+    "wide padding": (32, (4, 4), 192, 192, padded((3, 1), (1, 1)), (3, 0)),
+    "strided": (64, (4, 4), 192, 192, ONE._replace(strides=(2, 2)), (3, 0)),
+    "dilated": (
+        64,
+        (4, 4),
+        192,
+        192,
+        padded((2, 2), (2, 2))._replace(kernel_dilation=(2, 2)),
+        (3, 0),
+    ),
+    "groups": (32, (4, 4), 384, 192, ONE._replace(feature_group_count=2), (3, 0)),
+    "precise": (32, (4, 4), 192, 192, ONE._replace(precision=lax.Precision.HIGHEST), (3, 0)),
 }
 
 
@@ -59,9 +91,20 @@ def operands(extents, window, features_in, out=8, dtype=jnp.float64):
 
 
 def in_tiles(case, dtype=jnp.float64):
-    extents, inner, outer, *rest = TILES[case]
-    x = jax.random.normal(jax.random.key(0), (4, *extents, inner), dtype)
-    return x, jax.random.normal(jax.random.key(1), (3, 3, inner, outer), dtype), *rest
+    batch, extents, inner, outer, geometry, _ = (TILES | NO_TILES)[case]
+    x = jax.random.normal(jax.random.key(0), (batch, *extents, inner), dtype)
+    inner //= geometry.feature_group_count
+    return x, jax.random.normal(jax.random.key(1), (3, 3, inner, outer), dtype), geometry
+
+
+def all_three(x, kernel, geometry):
+    y, transpose = jax.vjp(lambda x, k: convolve(x, k, geometry), x, kernel)
+    return y, transpose(y)
+
+
+def convolutions_and_products(traced, platform):
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    return text.count("stablehlo.convolution("), text.count("stablehlo.dot_general")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -72,29 +115,55 @@ def test_values_and_gradients_are_those_of_lax(case, float64):
 
 @pytest.mark.parametrize("case", TILES)
 def test_values_and_gradients_in_tiles_are_those_of_lax(case, float64):
-    x, kernel, geometry, plain = in_tiles(case)
-    _assert_equal_to_lax(x, kernel, geometry)
-
-    def all_three(x, kernel, gradient):
-        y, transpose = jax.vjp(lambda x, k: convolve(x, k, geometry), x, kernel)
-        return y, transpose(gradient)
-
-    gradient = jax.eval_shape(lambda x, k: convolve(x, k, geometry), x, kernel)
-    text = jax.jit(all_three).lower(x, kernel, gradient).compile().as_text()
-    assert text.count(" convolution(") == plain
+    _assert_equal_to_lax(*in_tiles(case))
 
 
-def test_tiles_are_as_accurate_as_the_direct_sum(float64):
+@pytest.mark.parametrize("case", TILES | NO_TILES)
+def test_what_is_computed_in_tiles_and_only_on_cpus(case):
+    *_, geometry, expected = (TILES | NO_TILES)[case]
+    operands_ = jax.eval_shape(lambda: in_tiles(case, jnp.float32)[:2])
+    traced = jax.jit(all_three, static_argnums=2).trace(*operands_, geometry)
+    assert convolutions_and_products(traced, "cpu") == expected
+    for platform in ("tpu", "cuda"):
+        assert convolutions_and_products(traced, platform) == (3, 0)
+
+
+def test_images_of_no_pixels_or_any_number_are_convolved():
+    """Where there is no tile, and where nobody knows how many."""
+    x, kernel, geometry = in_tiles("all", jnp.float32)
+    results = all_three(jnp.zeros((0, 4, 4, 192)), kernel, geometry)
+    assert [y.shape for y in jax.tree.leaves(results)] == [(0, 4, 4, 192)] * 2 + [kernel.shape]
+    valid = geometry._replace(padding="VALID")
+    assert convolve(jnp.zeros((64, 2, 2, 192)), kernel, valid).shape == (64, 0, 0, 192)
+    # a number of images nobody knows yet
+    (batch,) = export.symbolic_shape("batch")
+    image = jax.ShapeDtypeStruct((batch, 4, 4, 192), jnp.float32)
+    of_any = export.export(jax.jit(lambda x: convolve(x, kernel, geometry)))(image)
+    np.testing.assert_allclose(of_any.call(x), convolve(x, kernel, geometry), rtol=1e-3, atol=1e-3)
+
+
+def test_a_gradient_of_the_input_alone_is_all_that_is_computed():
+    """And codes, which are there to save memory, do not make up for it with tiles."""
+    x, kernel, geometry = in_tiles("gradient of the kernel", jnp.float32)
+    energy = lambda x, k, codec=None: jnp.sum(convolve(x, k, geometry, codec=codec) ** 2)  # noqa: E731
+    of_input = jax.jit(jax.grad(energy)).trace(x, kernel)
+    assert convolutions_and_products(of_input, "cpu") == (2, 0)
+    encoded = jax.jit(jax.grad(lambda x, k: energy(x, k, Codec(8, False)), (0, 1)))
+    assert convolutions_and_products(encoded.trace(x, kernel), "cpu") == (3, 0)
+
+
+def test_tiles_are_nearly_as_accurate_as_the_direct_sum(float64):
     """In float32; and with bfloat16, where they would not be, there are none."""
-    x, kernel, geometry, _ = in_tiles("all", jnp.float32)
-    exact = reference(x.astype(jnp.float64), kernel.astype(jnp.float64), geometry)
-
-    def error(y):
-        return np.linalg.norm(y - exact) / np.linalg.norm(exact)
-
-    assert error(convolve(x, kernel, geometry)) < 3 * error(reference(x, kernel, geometry)) < 2e-6
-    x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
-    assert "convolution" in jax.jit(convolve, static_argnums=2).lower(x, kernel, geometry).as_text()
+    x, kernel, geometry = in_tiles("all, with the kernel's", jnp.float32)
+    wide = x.astype(jnp.float64), kernel.astype(jnp.float64)
+    y, transpose = jax.vjp(lambda x, k: reference(x, k, geometry), *wide)
+    exact = (y, *transpose(y))
+    y, transpose = jax.vjp(lambda x, k: convolve(x, k, geometry), x, kernel)
+    for ours, theirs in zip((y, *transpose(exact[0].astype(jnp.float32))), exact, strict=True):
+        assert np.linalg.norm(ours - theirs) < 2e-6 * np.linalg.norm(theirs)
+    short = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    traced = jax.jit(all_three, static_argnums=2).trace(*short, geometry)
+    assert convolutions_and_products(traced, "cpu") == (3, 0)
 
 
 def _assert_equal_to_lax(x, kernel, geometry):
@@ -129,7 +198,7 @@ def test_an_offset_is_added_before_the_padding(codec, float64):
 @pytest.mark.parametrize("case", ["3x3", "1x1", "tiles"])
 def test_the_gradient_of_a_shared_kernel_is_summed_over_the_devices(case, codec, float64):
     if case == "tiles":
-        x, kernel, geometry, _ = in_tiles("all")
+        x, kernel, geometry = in_tiles("all")
     else:
         extents, window, features, geometry = CASES[case]
         _, kernel = operands(extents, window, features)
@@ -181,7 +250,7 @@ def test_tiles_are_in_memory_one_after_the_other():
 
     def loss(kernels, x):
         for kernel in kernels:
-            x = jnp.tanh(convolve(x, kernel, TILES["all"][3]))
+            x = jnp.tanh(convolve(x, kernel, ONE))
         return jnp.sum(x)
 
     compiled = jax.jit(jax.grad(loss)).lower(kernels, x).compile()
