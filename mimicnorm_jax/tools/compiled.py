@@ -176,7 +176,8 @@ def unrolled_flops(variant: Variant, num_classes: int | None = None) -> float:
     images = images_without_data(program.config, num_classes)
     traced = program.train_step.trace(*abstract_arguments(program, images))
     # as a device computes it that has loops: on CPUs convolutions have other algorithms
-    return (traced.lower(lowering_platforms=("tpu",)).cost_analysis() or {})["flops"]
+    cost = traced.lower(lowering_platforms=("tpu",)).cost_analysis() or {}
+    return cost.get("flops", math.nan)
 
 
 def _digest(lowered: Any, target: str) -> str:

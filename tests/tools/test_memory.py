@@ -214,6 +214,15 @@ def test_what_was_compiled_is_not_compiled_again(monkeypatch):
         rows_of("mlp", ["nonorm"], batch=8)
 
 
+def test_the_work_of_micro_batches_is_counted_as_a_device_with_loops_does_it():
+    """One more pass forward; and no algorithm with fewer products, as CPUs have."""
+    config = cifar100()
+    config.update(network="vgg11", batch_size=64)
+    variants = parse_variants(config, ["mimicnorm", "mimicnorm:micro_batches=4"])
+    whole, in_parts = (compiled.unrolled_flops(variant) for variant in variants)
+    assert whole == pytest.approx(3 * (in_parts - whole), rel=0.01)
+
+
 def test_a_program_is_known_by_what_its_own_platform_computes():
     def step_with(**forms):
         def step(x):
