@@ -149,10 +149,12 @@ def _suits_winograd(
     Its transforms move four times the data, for which many channels make up, and hold them, but
     for the kernel's gradient: so the rest is for images of 4x4 only. The kernel's, for which XLA
     takes up to three times as long, needs fewer channels: by the number of channels times the
-    side of the image, as XLA's own speed goes. Beyond 32x32 memory counts for more than time.
+    side of the image, as XLA's own speed goes. Where the input is large (over 64 MiB in float32)
+    memory counts for more than time.
+
     The kernel is transformed as well, so few tiles do not pay, and of none there is no shape.
-    Where the number of channels changes behind a pool, the memory of the kernel's gradient would
-    show in the peak of VGG11 with BatchNorm.
+    Where the number of channels changes behind a pool, and on images of 2x2, the memory of the
+    kernel's gradient would show in the peak of VGG11 with BatchNorm.
     """
     *window, inner, outer = kernel.shape
     one_by_one = geometry.strides == (1, 1) and geometry.precision is None
@@ -164,7 +166,8 @@ def _suits_winograd(
     if is_symbolic_dim(batch):  # exported for batches of any size
         return False
     if for_kernel:
-        enough = inner == outer and inner * min(extents) >= 1024 and max(extents) <= 32
+        enough = inner == outer and min(extents) >= 4 and inner * min(extents) >= 1024
+        enough = enough and x.size <= 2**24
     else:
         enough = inner * outer >= 2**15 and extents == [4, 4]
     sides = _sides(x, kernel, geometry)
