@@ -7,9 +7,8 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
+from jax.custom_derivatives import custom_vjp_primal_tree_values
 
 from mimicnorm_jax.layers.convolution_forms import (
     Geometry,
@@ -75,7 +74,7 @@ class _Wanted:
     kernel: bool
 
 
-# the input (whole, or rounded, or encoded), and what is shared
+# the input (whole, or rounded, or encoded), what is shared, and what there are derivatives by
 _Kept = tuple[jax.Array | Stored, jax.Array | None, _Shared, _Wanted]
 
 
@@ -101,15 +100,9 @@ def _forward(
 
 
 def _backward(
-    geometry: Geometry,
-    codec: Codec | None,
-    narrow: bool,
-    kept: _Kept,
-    gradient: jax.Array | SymbolicZero,
+    geometry: Geometry, codec: Codec | None, narrow: bool, kept: _Kept, gradient: jax.Array
 ) -> tuple[jax.Array, _Shared]:
     x, shortened, shared, wanted = kept
-    if isinstance(gradient, SymbolicZero):
-        gradient = jnp.zeros(gradient.shape, gradient.dtype)
     if isinstance(x, Stored):
         assert codec is not None
         x = decode(Stored(after(x.codes, gradient), x.step), codec, gradient.dtype)
@@ -133,6 +126,7 @@ def _backward(
     return to_given(gradients)
 
 
+# symbolic_zeros: _forward is told by what the derivative is taken (a gradient is never a zero here)
 _convolve.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
