@@ -90,7 +90,7 @@ def convolution_gradients(
             padded = jnp.pad(gradient, ((0, 0), *sides, (0, 0)))
             of_x = winograd_input_gradient(padded, kernel)
         if tiles_for_kernel:
-            of_kernel = winograd_kernel_gradient(_padded(x, kernel, geometry), gradient)
+            of_kernel = winograd_kernel_gradient(x, gradient, _sides(x, kernel, geometry))
         # else the kernel's would come last, and what it is made of would be kept until then
         return after_on_cpu(of_x, of_kernel) if both else of_x, of_kernel
 

@@ -54,9 +54,17 @@ def _convolved(x: jax.Array, kernels: list[list[jax.Array]], exchanged: bool = F
     return lines.reshape(batch, height - 2, width - 2, -1)
 
 
-def winograd_kernel_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """The gradient of the kernel ``(3, 3, in, out)``, given images and that of the outputs."""
-    tiles, outputs = _every_other(x, 4), _every_other(gradient, 2)
+def winograd_kernel_gradient(
+    x: jax.Array, gradient: jax.Array, sides: Sequence[tuple[int, int]]
+) -> jax.Array:
+    """The gradient of the kernel ``(3, 3, in, out)``, given images and that of the outputs.
+
+    Args:
+      x: images ``(B, H, W, in)`` that are not padded yet: no padded copy takes memory.
+      gradient: ``(B, H + sum(sides[0]) - 2, W + sum(sides[1]) - 2, out)``.
+      sides: the padding of rows and of columns, at most 2 each.
+    """
+    tiles, outputs = _every_other_padded(x, sides), _every_other(gradient, 2)
     products: list[list[jax.Array]] = []
     for row in range(4):
         products.append([])
@@ -67,10 +75,30 @@ def winograd_kernel_gradient(x: jax.Array, gradient: jax.Array) -> jax.Array:
             product = tile.reshape(-1, x.shape[-1]).T @ output.reshape(-1, gradient.shape[-1])
             products[-1].append(product)
             # one position at a time is in memory
-            tiles = _every_other(after_on_cpu(x, product), 4)
+            tiles = _every_other_padded(after_on_cpu(x, product), sides)
             outputs = _every_other(after_on_cpu(gradient, product), 2)
     window = [[_sum(_column(_G, i), _column(_G, j), products) for j in range(3)] for i in range(3)]
     return jnp.stack([jnp.stack(of_row) for of_row in window])
+
+
+def _every_other_padded(x: jax.Array, sides: Sequence[tuple[int, int]]) -> list[list[jax.Array]]:
+    """``_every_other(padded x, 4)``, each padded by itself."""
+
+    def lines(extent: int, low: int, high: int, i: int) -> tuple[slice, tuple[int, int]]:
+        count = (extent + low + high) // 2 - 1
+        before = (low - i + 1) // 2 if low > i else 0  # lines of padding
+        first = i - low + 2 * before
+        there = min(count - before, (extent - first + 1) // 2)
+        return slice(first, first + 2 * there, 2), (before, count - before - there)
+
+    def plane(i: int, j: int) -> jax.Array:
+        (rows, above), (columns, left) = (
+            lines(extent, *side, n)
+            for extent, side, n in zip(x.shape[1:3], sides, (i, j), strict=True)
+        )
+        return jnp.pad(x[:, rows, columns], ((0, 0), above, left, (0, 0)))
+
+    return [[plane(i, j) for j in range(4)] for i in range(4)]
 
 
 def _column(rows: _Rows, index: int) -> list[float]:
