@@ -82,11 +82,15 @@ def winograd_kernel_gradient(
 
 
 def _every_other_padded(x: jax.Array, sides: Sequence[tuple[int, int]]) -> list[list[jax.Array]]:
-    """``_every_other(padded x, 4)``, each padded by itself."""
+    """``_every_other(padded x, 4)``, each padded by itself.
+
+    A slice comes first: XLA fuses the padding of slices into their sum, but stores a whole image
+    that is padded and then sliced.
+    """
 
     def lines(extent: int, low: int, high: int, i: int) -> tuple[slice, tuple[int, int]]:
         count = (extent + low + high) // 2 - 1
-        before = (low - i + 1) // 2 if low > i else 0  # lines of padding
+        before = max(0, (low - i + 1) // 2)  # lines of padding
         first = i - low + 2 * before
         there = min(count - before, (extent - first + 1) // 2)
         return slice(first, first + 2 * there, 2), (before, count - before - there)

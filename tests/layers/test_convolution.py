@@ -41,6 +41,8 @@ TILES = {
     "all": (32, (4, 4), 192, 192, ONE, (1, 32)),
     "all, with the kernel's": (32, (4, 4), 256, 256, ONE, (0, 48)),
     "gradient of the kernel": (2, (16, 18), 64, 64, ONE, (2, 16)),
+    "the kernel's, uneven padding": (2, (16, 18), 64, 64, padded((2, 0), (0, 2)), (2, 16)),
+    "the kernel's, padding of columns": (2, (16, 18), 64, 64, padded((0, 0), (2, 2)), (2, 16)),
     "channels in and out differ": (32, (4, 4), 128, 256, ONE._replace(padding="SAME"), (1, 32)),
     "padding of columns": (64, (4, 4), 192, 192, padded((0, 0), (1, 1)), (1, 32)),
     "uneven padding": (32, (4, 4), 192, 192, padded((1, 1), (0, 2)), (1, 32)),
@@ -256,6 +258,17 @@ def test_tiles_are_in_memory_one_after_the_other():
     compiled = jax.jit(jax.grad(loss)).lower(kernels, x).compile()
     # five inputs, one output, gradient and copy; without order five or six more
     assert compiled.memory_analysis().temp_size_in_bytes < 10 * x.nbytes
+
+
+def test_the_gradient_of_a_kernel_in_tiles_keeps_no_padded_copy():
+    """A quarter of both operands is there at a time: half of one, where they are as large."""
+    x, kernel = jnp.zeros((8, 32, 32, 64)), jnp.zeros((3, 3, 64, 64))
+
+    def of_kernel(kernel, x, gradient):
+        return jax.vjp(lambda kernel: convolve(x, kernel, ONE), kernel)[1](gradient)
+
+    compiled = jax.jit(of_kernel).lower(kernel, x, x).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.75 * x.nbytes
 
 
 def test_on_cpu_the_input_is_not_transposed_before_its_gradient_is_due():
