@@ -10,7 +10,7 @@ from mimicnorm_jax.data.sources import View
 from mimicnorm_jax.data.splits import open_splits
 from mimicnorm_jax.data.tfds import TFDSSource, allow_open_files, build_directory, open_build
 from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.tools.prepare_data import check
+from mimicnorm_jax.tools.prepare_data.check import check
 from tests.archives import (
     TEST,
     TRAIN,

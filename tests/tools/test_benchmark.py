@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mimicnorm_jax.tools import benchmark, benchmark_step
+from mimicnorm_jax.tools.benchmark import input as benchmark_input
+from mimicnorm_jax.tools.benchmark import step as benchmark_step
 
 
 @pytest.fixture
@@ -81,9 +82,9 @@ def test_a_stage_counts_all_images_and_all_time(monkeypatch):
         clock["processor"] += 0.1
         return 10
 
-    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock["wall"])
-    monkeypatch.setattr(benchmark.time, "process_time", lambda: clock["processor"])
-    stage = benchmark.time_calls("stage", call, seconds=3.0)
+    monkeypatch.setattr(benchmark_input.time, "perf_counter", lambda: clock["wall"])
+    monkeypatch.setattr(benchmark_input.time, "process_time", lambda: clock["processor"])
+    stage = benchmark_input.time_calls("stage", call, seconds=3.0)
     assert stage.images_per_second == pytest.approx(20)
     assert stage.images_per_core_second == pytest.approx(100)
 

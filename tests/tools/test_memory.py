@@ -11,10 +11,10 @@ from jax import lax
 
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.recipes import cifar100
-from mimicnorm_jax.tools import compiled, memory_tables
-from mimicnorm_jax.tools.memory import largest_batch, parse_bytes
-from mimicnorm_jax.tools.memory_tables import PLAIN, TABLES, TPU, Job, as_markdown, jobs_of
-from mimicnorm_jax.tools.targets import mesh_of
+from mimicnorm_jax.tools.memory import compiled, tables
+from mimicnorm_jax.tools.memory.batch import largest_batch, parse_bytes
+from mimicnorm_jax.tools.memory.tables import PLAIN, TABLES, TPU, Job, as_markdown, jobs_of
+from mimicnorm_jax.tools.memory.targets import mesh_of
 from mimicnorm_jax.tools.variants import parse_variants
 from tests.conftest import ROOT
 
@@ -249,7 +249,7 @@ def test_a_program_is_known_by_what_its_own_platform_computes():
 
 def test_a_table_has_the_papers_saving_beside_ours(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(memory_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     sizes = iter([100, 60, 61, 110])
     monkeypatch.setattr(
         compiled,
@@ -263,8 +263,8 @@ def test_a_table_has_the_papers_saving_beside_ours(tmp_path, monkeypatch):
     monkeypatch.setitem(TABLES, "table1", (entry,))
     jobs = [job for job in jobs_of("table1") if job.target == "cpu"]
     assert {job.method for job in jobs} == {"batchnorm", "mimicnorm", "nonorm", PLAIN}
-    monkeypatch.setattr(memory_tables, "jobs_of", lambda table: jobs)
-    memory_tables.write_table("table1", processes=1)
+    monkeypatch.setattr(tables, "jobs_of", lambda table: jobs)
+    tables.write_table("table1", processes=1)
     records = json.loads((tmp_path / "table1.json").read_text())
     assert [record["config"] for record in records] == ["cifar100_vgg11"] * 4
     text = (tmp_path / "table1.md").read_text()
@@ -273,13 +273,13 @@ def test_a_table_has_the_papers_saving_beside_ours(tmp_path, monkeypatch):
     # and from the file, in place of compiling, on another machine
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     monkeypatch.setattr(compiled, "_compile", lambda *_: pytest.fail("compiled again"))
-    memory_tables.write_table("table1", processes=1)
+    tables.write_table("table1", processes=1)
     assert json.loads((tmp_path / "table1.json").read_text()) == records
 
 
 def test_an_interrupted_table_keeps_what_the_file_had(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(memory_tables, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     (row,) = rows_of("mlp", ["batchnorm"], batch=4).values()
     others = [{"config": "other", **dataclasses.asdict(row), "program": str(i)} for i in range(3)]
     (tmp_path / "table1.json").write_text(json.dumps(others))
@@ -290,9 +290,9 @@ def test_an_interrupted_table_keeps_what_the_file_had(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return done.pop()
 
-    monkeypatch.setattr(memory_tables, "compile_job", compile_job)
+    monkeypatch.setattr(tables, "compile_job", compile_job)
     with pytest.raises(KeyboardInterrupt):
-        memory_tables.write_table("table1", processes=1)
+        tables.write_table("table1", processes=1)
     programs = [r["program"] for r in json.loads((tmp_path / "table1.json").read_text())]
     assert programs == [row.program, "0", "1", "2"]
 

@@ -12,7 +12,8 @@ import pytest
 from mimicnorm_jax.data.splits import open_splits
 from mimicnorm_jax.data.tfds import PREPARABLE, TFDSSource, how_to_prepare
 from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.tools.prepare_data import DATA_SETS, main
+from mimicnorm_jax.tools.prepare_data.__main__ import main
+from mimicnorm_jax.tools.prepare_data.check import DATA_SETS
 from tests.archives import (
     PER_SYNSET,
     SYNSETS,
@@ -151,7 +152,7 @@ class TestPrepared:
         root, _ = prepared
         script = (
             "import sys, tensorflow_datasets as tfds\n"
-            "from mimicnorm_jax.tools.prepare_data import _accept_any_archive\n"
+            "from mimicnorm_jax.tools.prepare_data.build import _accept_any_archive\n"
             "import pathlib\n"
             "builder = tfds.builder('cifar100', data_dir=sys.argv[1], file_format='tfrecord')\n"
             "_accept_any_archive(builder, pathlib.Path(sys.argv[2]))\n"

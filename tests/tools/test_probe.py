@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.tools import probe
+from mimicnorm_jax.tools.probe.rows import Row, probe, table
 from mimicnorm_jax.train.loop import train
 
 TINY = (
@@ -48,13 +48,13 @@ def test_a_trained_state_is_probed(tiny_config, tmp_path):
     run = tmp_path / "run"
     train(tiny_config(max_steps=2), run)
     fresh, trained = (
-        probe.probe(tiny_config(), ["mimicnorm"], images=4, checkpoint=checkpoint)["mimicnorm"]
+        probe(tiny_config(), ["mimicnorm"], images=4, checkpoint=checkpoint)["mimicnorm"]
         for checkpoint in (None, run)
     )
     moved = [a.second_moment != b.second_moment for a, b in zip(trained, fresh, strict=True)]
     assert any(moved)
     with pytest.raises(UserError, match=r"config\.learning_rate \(0\.1 there, 0\.5 now\)"):
-        probe.probe(tiny_config(learning_rate=0.5), ["mimicnorm"], images=4, checkpoint=run)
+        probe(tiny_config(learning_rate=0.5), ["mimicnorm"], images=4, checkpoint=run)
 
 
 @pytest.mark.parametrize(
@@ -81,9 +81,9 @@ def test_a_wrong_input_is_one_line(run_probe, arguments, message):
 
 
 def test_a_narrow_terminal_gets_one_method_after_the_other():
-    row = probe.Row("stem", 0.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.0, None, [])
+    row = Row("stem", 0.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.0, None, [])
     rows = {"nonorm": [row], "mimicnorm": [row]}
-    assert len(probe.table(rows, columns=200).splitlines()) == 3
-    narrow = probe.table(rows, columns=80).splitlines()
+    assert len(table(rows, columns=200).splitlines()) == 3
+    narrow = table(rows, columns=80).splitlines()
     assert len(narrow) == 2 * 3 + 1
     assert max(map(len, narrow)) <= 80

@@ -6,7 +6,7 @@ from flax import nnx
 
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.models import create_model
-from mimicnorm_jax.tools import torch_networks, torch_step
+from mimicnorm_jax.tools.benchmark import torch_networks, torch_step
 
 torch = pytest.importorskip("torch")
 

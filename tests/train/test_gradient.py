@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.tools.compiled import abstract_arguments, images_without_data, program_of
-from mimicnorm_jax.tools.targets import mesh_of
+from mimicnorm_jax.tools.memory.compiled import abstract_arguments, images_without_data, program_of
+from mimicnorm_jax.tools.memory.targets import mesh_of
 from mimicnorm_jax.tools.variants import parse_variants
 from mimicnorm_jax.train import gradient, step
 from mimicnorm_jax.train.provenance import config_as_json

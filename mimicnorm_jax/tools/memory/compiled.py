@@ -22,8 +22,8 @@ from jax.sharding import PartitionSpec as P
 
 from mimicnorm_jax.data.expected import expected
 from mimicnorm_jax.parallel import DATA_AXIS
-from mimicnorm_jax.tools.chips import chip_of
-from mimicnorm_jax.tools.targets import mesh_of
+from mimicnorm_jax.tools.memory.chips import chip_of
+from mimicnorm_jax.tools.memory.targets import mesh_of
 from mimicnorm_jax.tools.variants import Variant
 from mimicnorm_jax.train.program import Images, Program, make_program
 

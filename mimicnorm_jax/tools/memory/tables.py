@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mimicnorm_jax.errors import UserError, refused_by_system
-from mimicnorm_jax.tools.compiled import Row, analyse
-from mimicnorm_jax.tools.memory_plot import plot
-from mimicnorm_jax.tools.targets import mesh_of
+from mimicnorm_jax.tools.memory.compiled import Row, analyse
+from mimicnorm_jax.tools.memory.plot import plot
+from mimicnorm_jax.tools.memory.targets import mesh_of
 from mimicnorm_jax.tools.variants import PLAIN, parse_variants
 
 CONFIGS = pathlib.Path("configs")

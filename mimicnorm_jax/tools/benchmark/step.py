@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from mimicnorm_jax.tools.allocator import random_batch
-from mimicnorm_jax.tools.chips import chip_of
-from mimicnorm_jax.tools.compiled import is_loop, program_of, unrolled_flops
+from mimicnorm_jax.tools.memory.allocator import random_batch
+from mimicnorm_jax.tools.memory.chips import chip_of
+from mimicnorm_jax.tools.memory.compiled import is_loop, program_of, unrolled_flops
 from mimicnorm_jax.tools.variants import Variant
 
 Step = Callable[[], Any]

@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 
 from mimicnorm_jax.errors import UserError, first_line
 from mimicnorm_jax.parallel import shard_batch
-from mimicnorm_jax.tools.compiled import images_without_data, program_of
-from mimicnorm_jax.tools.targets import mesh_of
+from mimicnorm_jax.tools.memory.compiled import images_without_data, program_of
+from mimicnorm_jax.tools.memory.targets import mesh_of
 from mimicnorm_jax.tools.variants import Variant
 from mimicnorm_jax.train.program import Program
 from mimicnorm_jax.train.setup import configure_jax

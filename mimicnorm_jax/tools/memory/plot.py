@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from mimicnorm_jax.tools.compiled import Row
+from mimicnorm_jax.tools.memory.compiled import Row
 
 _COLOURS = ("#4477aa", "#228833", "#999999", "#ccbb44", "#ee6677", "#aa3377", "#66ccee")
 _BAR = 0.24  # inches

@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 from mimicnorm_jax.config import FIELDS, flatten
 from mimicnorm_jax.data.pipeline import steps_of
 from mimicnorm_jax.errors import UserError, unknown
-from mimicnorm_jax.tools.benchmark_step import Timed
-from mimicnorm_jax.tools.compiled import images_without_data
-from mimicnorm_jax.tools.torch_networks import PREFIX, check, create_network, import_torch
+from mimicnorm_jax.tools.benchmark.step import Timed
+from mimicnorm_jax.tools.benchmark.torch_networks import PREFIX, check, create_network, import_torch
+from mimicnorm_jax.tools.memory.compiled import images_without_data
 from mimicnorm_jax.tools.variants import Variant
 
 PRECISIONS = ("float32", "bfloat16")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from mimicnorm_jax.tools.probe import Row
+from mimicnorm_jax.tools.probe.rows import Row
 
 
 def _deep_layers(rows: Sequence[Row]) -> tuple[int, int]:
@@ -37,7 +36,7 @@ def plot(rows: dict[str, list[Row]], path: pathlib.Path, title: str) -> None:
     """Draws the rows of several methods side by side.
 
     Args:
-      rows: of ``tools.probe.probe``, by method.
+      rows: of ``probe.rows.probe``, by method.
       path: of the picture; the ending says its format.
       title: of the picture.
     """

@@ -8,12 +8,10 @@ python -m mimicnorm_jax.tools.memory table1   # the paper's tables, into results
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -23,10 +21,12 @@ from tqdm import tqdm
 
 from mimicnorm_jax import command_line
 from mimicnorm_jax.errors import UserError, refused_by_system
-from mimicnorm_jax.tools.allocator import allocator_peak
-from mimicnorm_jax.tools.compiled import Row, analyse
-from mimicnorm_jax.tools.memory_plot import plot
-from mimicnorm_jax.tools.memory_tables import TABLES, write_table
+from mimicnorm_jax.tools.memory.allocator import allocator_peak
+from mimicnorm_jax.tools.memory.batch import largest_batch, parse_bytes
+from mimicnorm_jax.tools.memory.compiled import Row, analyse
+from mimicnorm_jax.tools.memory.plot import plot
+from mimicnorm_jax.tools.memory.tables import TABLES, write_table
+from mimicnorm_jax.tools.memory.targets import mesh_of
 from mimicnorm_jax.tools.report import (
     BATCH,
     COMPARED,
@@ -36,7 +36,6 @@ from mimicnorm_jax.tools.report import (
     check_output,
     write_json,
 )
-from mimicnorm_jax.tools.targets import mesh_of
 from mimicnorm_jax.tools.variants import Variant, fitting_methods, parse_variants
 from mimicnorm_jax.train.setup import configure_jax, silence_false_alarms
 
@@ -46,62 +45,6 @@ _HBM = flags.DEFINE_string("hbm", None, "Memory of a device, such as 16GiB.")
 _PROCESSES = flags.DEFINE_integer("processes", 1, "table: compilations at a time.", 1)
 
 DEFAULT_METHODS = ("batchnorm", "mimicnorm", "nonorm", "fixup")
-_MOST = 2**20
-_UNITS = {"MiB": 2**20, "GiB": 2**30, "MB": 10**6, "GB": 10**9}
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of a size such as ``"16GiB"``.
-
-    Raises:
-      UserError: it is no such size.
-    """
-    match = re.fullmatch(rf"([\d.]+) ?({'|'.join(_UNITS)})", text)
-    with contextlib.suppress(ValueError, OverflowError):
-        size = round(float(match[1]) * _UNITS[match[2]]) if match else 0
-        if size > 0:
-            return size
-    raise UserError(f"--hbm={text!r} is no size such as 16GiB or 80GB")
-
-
-def largest_batch(
-    peak: Callable[[int], int], limit: int, *, multiple: int, start: int
-) -> tuple[int, int]:
-    """The largest batch that fits, and its peak.
-
-    Memory grows nearly in proportion, so lines through what is known find it in a few steps.
-
-    Args:
-      peak: bytes of a batch.
-      limit: bytes that there are.
-      multiple: what a batch is a multiple of.
-      start: the first guess.
-
-    Returns:
-      A multiple of ``multiple``, at most 2**20 of them (0: not even one fits), and its peak.
-    """
-    fits: tuple[int, int] = (0, 0)
-    fails: tuple[int, int] | None = None
-    guess = max(1, start // multiple)
-    while fits[0] < _MOST and (fails is None or fails[0] - fits[0] > 1):
-        bytes_ = peak(guess * multiple)
-        if bytes_ <= limit:
-            slope = (bytes_ - fits[1]) / (guess - fits[0])
-            fits = (guess, bytes_)
-        else:
-            slope = bytes_ / guess if fails is None else (fails[1] - bytes_) / (fails[0] - guess)
-            fails = (guess, bytes_)
-        line = fits[0] + int((limit - fits[1]) / slope) if slope > 0 else 2 * fits[0]
-        if fails is None:  # a little below the line, and never more than twice as far
-            below = int(0.99 * line)
-            guess = below if below > 1.01 * fits[0] else line
-            guess = min(max(fits[0] + 1, guess), 2 * fits[0], _MOST)
-        else:
-            middle = (fits[0] + fails[0]) // 2
-            inside = fits[0] < line < fails[0] and fails[0] - fits[0] > 8
-            guess = max(fits[0] + 1, line if inside else middle)
-            guess = min(guess, fails[0] - 1)
-    return fits[0] * multiple, fits[1]
 
 
 HEADER = (
