@@ -1,0 +1,1 @@
+"""Memory, work and traffic of a training step, from the compiler."""

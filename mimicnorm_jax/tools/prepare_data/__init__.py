@@ -1,0 +1,1 @@
+"""Prepares a data set for training, or says what is missing."""

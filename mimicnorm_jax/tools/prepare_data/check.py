@@ -1,0 +1,104 @@
+"""What is there of a prepared data set, and what is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+import numpy as np
+
+from mimicnorm_jax.data.sources import View
+from mimicnorm_jax.data.tfds import (
+    TFDSSource,
+    build_directory,
+    open_build,
+)
+from mimicnorm_jax.errors import UserError
+
+_DECODED = 64  # examples a split that are decoded by a check
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A data set as it was published.
+
+    Attributes:
+      examples: number of examples of each split.
+      archives: for those that nobody may pass on: file names, with their sizes in bytes.
+      source: where a person gets the archives.
+    """
+
+    examples: dict[str, int]
+    archives: dict[str, int] = dataclasses.field(default_factory=dict)
+    source: str = ""
+
+
+DATA_SETS: dict[str, Published] = {
+    "cifar10": Published({"train": 50_000, "test": 10_000}),
+    "cifar100": Published({"train": 50_000, "test": 10_000}),
+    "mnist": Published({"train": 60_000, "test": 10_000}),
+    "imagenet2012": Published(
+        {"train": 1_281_167, "validation": 50_000},
+        {
+            "ILSVRC2012_img_train.tar": 147_897_477_120,
+            "ILSVRC2012_img_val.tar": 6_744_924_160,
+        },
+        "https://image-net.org/download-images (after registration)",
+    ),
+}
+
+
+def check(name: str, data_dir: pathlib.Path, *, sample: bool = False) -> str:
+    """Reads a prepared data set and says what is there.
+
+    Every shard is opened and its records counted, and some examples of each split decoded.
+
+    Args:
+      name: of the data set.
+      data_dir: where it was prepared.
+      sample: whether it may be a part of the published one.
+
+    Returns:
+      A report, a line a split.
+
+    Raises:
+      UserError: what is missing, damaged, or not of the published size.
+    """
+    path = build_directory(data_dir, name)
+    builder = open_build(path)
+    lines = [str(path)]
+    for split, expected in DATA_SETS[name].examples.items():
+        source = TFDSSource(builder, split, View(size=32, resize=32, upright=False))
+        if len(source) != expected and not sample:
+            raise UserError(
+                f"{path}: split {split} has {len(source)} examples instead of {expected}; if that "
+                "is meant, --sample"
+            )
+        chosen = np.linspace(0, len(source) - 1, min(_DECODED, len(source))).astype(int)
+        for index in chosen:
+            source[int(index)]
+        info = builder.info.splits[split]
+        lines.append(
+            f"  {split}: {len(source)} of {expected} examples, {len(source.class_names)} classes, "
+            f"{info.num_bytes / 2**20:.1f} MiB in {info.num_shards} shard(s); "
+            f"{len(chosen)} decoded"
+        )
+    return "\n".join(lines)
+
+
+def missing_archives(name: str, manual_dir: pathlib.Path, *, sample: bool = False) -> list[str]:
+    """What a person still has to fetch, a line a file; empty if nothing.
+
+    Args:
+      name: of the data set.
+      manual_dir: where the archives belong.
+      sample: whether they may be smaller than the published ones.
+    """
+    lines = []
+    for file_name, size in DATA_SETS[name].archives.items():
+        path = manual_dir / file_name
+        if not path.is_file():
+            lines.append(f"{path} is missing ({size} bytes)")
+        elif path.stat().st_size != size and not sample:
+            lines.append(f"{path} has {path.stat().st_size} bytes instead of {size}")
+    return lines
