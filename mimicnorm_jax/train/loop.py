@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
 from ml_collections import ConfigDict
 
-from mimicnorm_jax.errors import NonFiniteError, RunError, UserError
+from mimicnorm_jax.errors import RunError
 from mimicnorm_jax.parallel import coordination, replicate
 from mimicnorm_jax.train import messages
-from mimicnorm_jax.train.checkpoint import Checkpoints, kept_step, latest_step
+from mimicnorm_jax.train.checkpoint import Checkpoints
 from mimicnorm_jax.train.evaluation import evaluate, recalibrate
+from mimicnorm_jax.train.finite import FiniteCheck
 from mimicnorm_jax.train.lock import WorkdirLock
-from mimicnorm_jax.train.metrics import MetricsWriter, Pending, evaluations
+from mimicnorm_jax.train.metrics import Pending, evaluations
+from mimicnorm_jax.train.opening import check_run, explained, opened
 from mimicnorm_jax.train.progress import Progress, Throughput
 from mimicnorm_jax.train.provenance import config_as_json, config_digest, hardware
+from mimicnorm_jax.train.records import Records
 from mimicnorm_jax.train.setup import Experiment, set_up_together
 from mimicnorm_jax.train.state import TrainState, host_copy
 from mimicnorm_jax.train.stopping import Stopped, StopRequest
@@ -29,10 +29,8 @@ from mimicnorm_jax.train.summary import summarize
 from mimicnorm_jax.train.watchdog import Watchdog
 from mimicnorm_jax.train.workdir import (
     Summary,
-    check_data,
     check_workdir,
     finished_summary,
-    open_workdir,
 )
 
 # How far the host may run ahead of the device: far enough that the device never waits,
@@ -63,15 +61,15 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> Summary | None:
     if summary and summary["config"]["max_steps"] == config.max_steps:
         return _already(summary, workdir)
     experiment = set_up_together(config)
-    coordination.together("run", lambda: _check_run(experiment, workdir))
+    coordination.together("run", lambda: check_run(experiment, workdir))
     if summary and summary["steps"] == experiment.total_steps:
         return _already(summary, workdir)
-    with _opened(experiment, workdir) as lock:
+    with opened(experiment, workdir) as lock:
         if coordination.is_first():
             messages.introduce(experiment, workdir)
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
         with (
-            _explained(workdir, lock),
+            explained(workdir, lock),
             Watchdog(config.hang_minutes or None) as watchdog,
             StopRequest() as stop,
         ):
@@ -82,50 +80,6 @@ def _already(summary: Summary, workdir: pathlib.Path) -> Summary:
     if coordination.is_first():
         messages.say_finished(summary, workdir)
     return summary
-
-
-@contextlib.contextmanager
-def _opened(experiment: Experiment, workdir: pathlib.Path) -> Iterator[WorkdirLock]:
-    """Creates and locks the folder of the run."""
-    config = experiment.config
-
-    def open_() -> None:
-        check_workdir(workdir, config, writes=False)  # another run may have come first
-        if coordination.is_first():
-            open_workdir(workdir, config, experiment.data_identity)
-
-    with contextlib.closing(WorkdirLock(workdir)) as lock:
-        coordination.together("open", open_)
-        yield lock
-
-
-@contextlib.contextmanager
-def _explained(workdir: pathlib.Path, lock: WorkdirLock) -> Iterator[None]:
-    """Turns what the system refuses into a ``RunError`` that says what is kept."""
-    try:
-        yield
-    except BrokenPipeError:  # of the output, not of the workdir
-        raise
-    except (OSError, RunError) as error:
-        lock.check()  # a folder that has vanished explains the rest
-        if isinstance(error, RunError):
-            raise
-        raise RunError(
-            f"--workdir={workdir} cannot be written to: {error.strerror or error}; "
-            + kept_step(workdir / "checkpoints")
-            + "; mend the cause and resume with the same command"
-        ) from error
-
-
-def _check_run(experiment: Experiment, workdir: pathlib.Path) -> None:
-    """Makes sure that ``workdir`` holds no longer run, and none on other images."""
-    check_data(workdir, experiment.data_identity)
-    done = latest_step(workdir / "checkpoints")
-    if done > experiment.total_steps:
-        raise UserError(
-            f"--workdir={workdir} holds a run of {done} steps already, more than the "
-            f"{experiment.total_steps} of config.max_steps; choose another --workdir"
-        )
 
 
 class _Loop:
@@ -148,18 +102,17 @@ class _Loop:
         self._lock = lock
         self._watchdog = watchdog
         self._stop = stop
-        self._best: dict[str, Any] = {"best_test_accuracy": 0.0, "best_step": 0}
-        self._since_log: list[dict[str, float]] = []  # of the steps since the last log line
-        self._evaluation: dict[str, float] | None = None  # of the present state
+        self._records = Records()
+        self._finite = FiniteCheck(experiment.config, checkpoints.directory)
         self._host: TrainState | None = None  # the present state, once it was looked at
         self._restore()
         self._first_step = self._step = int(self._state.step)
         self._in_flight = Pending()
         speaks = coordination.is_first()
-        self._writer = MetricsWriter(workdir, self._step) if speaks else None
+        if speaks:
+            self._records.open(workdir, self._step, lock)
         self._progress = Progress(self._step, experiment.total_steps, quiet=not speaks)
         self._throughput = Throughput()
-        self._learning_rate = math.nan
 
     def _restore(self) -> None:
         experiment = self._experiment
@@ -169,19 +122,9 @@ class _Loop:
             self._state = experiment.initial_state()
             return
         self._state = replicate(restored.state, experiment.mesh)
-        self._since_log = restored.progress["since_log"]
         self._saved_on = restored.progress["hardware"]
-        # The metrics know better than the checkpoint: it may have been saved in the middle of an
-        # evaluation that was made up for later.
-        for row in coordination.exchange("evaluations", evaluations(self._workdir))[0]:
-            if row["step"] <= int(restored.state.step):
-                self._note_best(row)
-            if row["step"] == int(restored.state.step):
-                self._evaluation = {k: v for k, v in row.items() if k.startswith("test_")}
-
-    def _note_best(self, row: dict[str, Any]) -> None:
-        if row["test_accuracy"] > self._best["best_test_accuracy"]:
-            self._best = {"best_test_accuracy": row["test_accuracy"], "best_step": row["step"]}
+        rows = coordination.exchange("evaluations", evaluations(self._workdir))[0]
+        self._records.restore(restored.progress["since_log"], rows, int(restored.state.step))
 
     def run(self) -> Summary | None:
         """Runs to the end and returns the summary, or None after a stop signal."""
@@ -199,15 +142,15 @@ class _Loop:
 
     def _close(self) -> None:
         self._progress.close()
-        if self._writer is not None:
-            self._writer.close()
+        self._records.close()
         self._checkpoints.close()
 
     def _run(self) -> Summary:
         total = self._experiment.total_steps
         if self._step:
             self._progress.say(messages.resumed(self._experiment, self._step, self._saved_on))
-        if self._step and self._evaluation is None and self._experiment.due(self._step).evaluation:
+        evaluated = self._records.evaluation is not None
+        if self._step and not evaluated and self._experiment.due(self._step).evaluation:
             self._evaluate()  # what a stop interrupted
         if self._step < total:
             self._progress.say("compiling the training step …")
@@ -255,7 +198,7 @@ class _Loop:
     def _advance(self, batches: list[Any]) -> None:
         first = self._step == self._first_step
         self._state, metrics = self._experiment.train(self._state, batches)
-        self._host = self._evaluation = None
+        self._host = self._records.evaluation = None
         self._in_flight.add(self._step + 1, len(batches), metrics)
         self._step += len(batches)
         while len(self._in_flight) > (0 if first else _CALLS_IN_FLIGHT):
@@ -269,10 +212,12 @@ class _Loop:
         self._progress.advance(self._step)
         due = self._experiment.due(self._step)
         if due.log:
-            self._log()
+            self._drain()
+            size, speed = self._config.batch_size, self._throughput
+            self._progress.show(self._records.log(self._step, self._epoch(), size, speed))
         if due.evaluation:
             self._evaluate()
-        is_best = due.evaluation and self._best["best_step"] == self._step
+        is_best = due.evaluation and self._records.best["best_step"] == self._step
         if is_best or due.checkpoint:
             self._save()
 
@@ -282,80 +227,30 @@ class _Loop:
     def _take_metrics(self) -> None:
         """Fetches the metrics of the oldest call in flight; stops the run if they are bad."""
         for step, values in self._in_flight.take():
-            self._note_metrics(step, values)
-
-    def _note_metrics(self, step: int, values: dict[str, float]) -> None:
-        self._since_log.append(values)
-        self._learning_rate = values["learning_rate"]
-        if self._config.on_nonfinite == "skip":
-            if values["skipped"] > self._config.skip_limit:
-                what = f"{values['skipped']} steps were skipped (config.skip_limit); the last"
-                raise self._diverged(f"{what} is not finite", step)
-            return
-        for name in ("loss", "gradient_norm"):
-            if not math.isfinite(values[name]):
-                raise self._diverged(f"the {name.replace('_', ' ')} is {values[name]}", step)
+            self._records.since_log.append(values)
+            self._finite.metrics(step, values)
 
     def _checked_state(self) -> TrainState:
-        """The state on the host; stops the run if it is no longer finite, so it is never kept.
-
-        A finite loss does not vouch for it: the loss is that of the state before the step.
-        """
+        """The state on the host; stops the run if it is no longer finite, so it is never kept."""
         self._drain()
         if self._host is None:
             self._host = host_copy(self._state)
-            if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(self._host)):
-                raise self._diverged("a parameter or statistic is infinite or NaN", self._step)
+            self._finite.state(self._step, self._host)
         return self._host
-
-    def _diverged(self, what: str, step: int) -> NonFiniteError:
-        at = f"step {step} (learning rate {self._learning_rate:.3g})"
-        return NonFiniteError(
-            f"{what} at {at}; try, in a new --workdir, a lower config.learning_rate, more "
-            "config.schedule.warmup_epochs or config.optimizer.clip_norm=1; "
-            + kept_step(self._checkpoints.directory)
-        )
 
     def _drain(self) -> None:
         while self._in_flight:
             self._take_metrics()
 
-    def _log(self) -> None:
-        self._drain()
-        rows, self._since_log = self._since_log, []
-        losses = [row["loss"] for row in rows if math.isfinite(row["loss"])]
-        row = {
-            "step": self._step,
-            "epoch": self._epoch(),
-            "train_loss": sum(losses) / len(losses) if losses else math.nan,
-            "train_accuracy": sum(row["correct"] for row in rows)
-            / (len(rows) * self._config.batch_size),
-            "learning_rate": rows[-1]["learning_rate"],
-            "gradient_norm": rows[-1]["gradient_norm"],
-            "images_per_second": self._throughput.rate(),
-            "input_wait_fraction": self._throughput.wait_fraction,
-        }
-        if "skipped" in rows[-1]:
-            row["skipped_steps"] = rows[-1]["skipped"]
-        self._write(row)
-        self._progress.show(row)
-
-    def _write(self, row: dict[str, Any]) -> None:
-        if self._writer is not None:
-            self._lock.check()
-            self._writer.write(row)
-
     def _evaluate(self) -> None:
         with self._throughput.paused():
             self._checked_state()
-            self._evaluation = evaluate(self._experiment, self._state, self._tick)
-            row = {"step": self._step, "epoch": self._epoch()} | self._evaluation
-            self._write(row)
-            self._note_best(row)
+            found = evaluate(self._experiment, self._state, self._tick)
+            self._records.evaluated(self._step, self._epoch(), found)
+            best = self._records.best["best_test_accuracy"]
             self._progress.say(
-                f"epoch {row['epoch']:.2f}: test_accuracy {100 * row['test_accuracy']:.2f}% "
-                f"test_loss {self._evaluation['test_loss']:.4f} "
-                f"(best {100 * self._best['best_test_accuracy']:.2f}%)"
+                f"epoch {self._epoch():.2f}: test_accuracy {100 * found['test_accuracy']:.2f}% "
+                f"test_loss {found['test_loss']:.4f} (best {100 * best:.2f}%)"
             )
 
     def _save(self) -> None:
@@ -363,14 +258,15 @@ class _Loop:
             state = self._checked_state()
             self._lock.check()
             progress = {
-                "since_log": self._since_log,
+                "since_log": self._records.since_log,
                 "hardware": hardware(self._experiment.mesh),
                 "config_sha256": config_digest(config_as_json(self._config)),
             }
-            self._checkpoints.save(state, progress, best_step=self._best["best_step"])
+            self._checkpoints.save(state, progress, best_step=self._records.best["best_step"])
 
     def _finish(self) -> Summary:
-        assert self._evaluation is not None
+        evaluation = self._records.evaluation
+        assert evaluation is not None
         recalibrated = None
         if self._experiment.network.last_bn is not None:
             exact = recalibrate(self._experiment, self._state, self._tick)
@@ -380,15 +276,15 @@ class _Loop:
             self._experiment,
             self._workdir,
             self._checked_state(),
-            self._best
+            self._records.best
             | {
                 "resumed_from_step": self._first_step,
                 "seconds": time.monotonic() - self._began,
                 "images_per_second": self._throughput.total_rate(),
-                "final_test_accuracy": self._evaluation["test_accuracy"],
-                "final_test_loss": self._evaluation["test_loss"],
+                "final_test_accuracy": evaluation["test_accuracy"],
+                "final_test_loss": evaluation["test_loss"],
                 "final_test_accuracy_recalibrated": recalibrated,
-                "test_examples": self._evaluation["test_examples"],
+                "test_examples": evaluation["test_examples"],
             },
         )
         self._progress.say(messages.finished(summary, self._workdir))

@@ -1,0 +1,87 @@
+"""What a run notes of its steps and evaluations, and writes to its metrics."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from mimicnorm_jax.train.lock import WorkdirLock
+from mimicnorm_jax.train.metrics import MetricsWriter, Row
+from mimicnorm_jax.train.progress import Throughput
+
+Metrics = dict[str, float]
+
+
+class Records:
+    """The metrics of one run.
+
+    Attributes:
+      since_log: those of the steps since the last line of metrics, oldest first; a checkpoint
+        keeps them.
+      best: accuracy and step of the best evaluation.
+      evaluation: that of the present state; None where there is none.
+    """
+
+    def __init__(self) -> None:
+        self.since_log: list[Metrics] = []
+        self.best: dict[str, Any] = {"best_test_accuracy": 0.0, "best_step": 0}
+        self.evaluation: Metrics | None = None
+        self._writer: MetricsWriter | None = None
+
+    def restore(self, since_log: list[Metrics], evaluations: Sequence[Row], step: int) -> None:
+        """Takes up what a checkpoint and the evaluations up to its step say."""
+        self.since_log = since_log
+        # The metrics know better than the checkpoint: it may have been saved in the middle of
+        # an evaluation that was made up for later.
+        for row in evaluations:
+            if row["step"] <= step:
+                self._note_best(row)
+            if row["step"] == step:
+                self.evaluation = {k: v for k, v in row.items() if k.startswith("test_")}
+
+    def open(self, workdir: pathlib.Path, step: int, lock: WorkdirLock) -> None:
+        """From now on rows are written to the folder of the run, while it is locked."""
+        self._lock = lock
+        self._writer = MetricsWriter(workdir, step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def log(self, step: int, epoch: float, batch_size: int, speed: Throughput) -> Row:
+        """Writes the metrics of the steps since the last time as one row, and returns it."""
+        rows, self.since_log = self.since_log, []
+        losses = [row["loss"] for row in rows if math.isfinite(row["loss"])]
+        row = {
+            "step": step,
+            "epoch": epoch,
+            "train_loss": sum(losses) / len(losses) if losses else math.nan,
+            "train_accuracy": sum(row["correct"] for row in rows) / (len(rows) * batch_size),
+            "learning_rate": rows[-1]["learning_rate"],
+            "gradient_norm": rows[-1]["gradient_norm"],
+            "images_per_second": speed.rate(),
+            "input_wait_fraction": speed.wait_fraction,
+        }
+        if "skipped" in rows[-1]:
+            row["skipped_steps"] = rows[-1]["skipped"]
+        self._write(row)
+        return row
+
+    def evaluated(self, step: int, epoch: float, evaluation: Metrics) -> None:
+        """Writes an evaluation of the present state, and notes whether it is the best."""
+        self.evaluation = evaluation
+        row = {"step": step, "epoch": epoch} | evaluation
+        self._write(row)
+        self._note_best(row)
+
+    def _note_best(self, row: Row) -> None:
+        if row["test_accuracy"] > self.best["best_test_accuracy"]:
+            self.best = {"best_test_accuracy": row["test_accuracy"], "best_step": row["step"]}
+
+    def _write(self, row: Row) -> None:
+        if self._writer is not None:
+            self._lock.check()
+            self._writer.write(row)
