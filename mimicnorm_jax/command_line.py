@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import NoReturn
@@ -12,11 +11,16 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from mimicnorm_jax.config import FIELDS
+from mimicnorm_jax.config.packaged import find_config, shown
 from mimicnorm_jax.errors import RunError, UserError, first_line, unknown
 from mimicnorm_jax.parallel import coordination
 from mimicnorm_jax.parallel.coordination import Failure
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration, a Python file.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "The configuration: a Python file, or the name of one that comes with the project.",
+)
 
 
 def config() -> ConfigDict:
@@ -25,8 +29,8 @@ def config() -> ConfigDict:
 
 
 def config_path() -> str:
-    """The file that the configuration comes from."""
-    return str(config_flags.get_config_filename(flags.FLAGS["config"]))
+    """What the configuration comes from: a file, or the name of one of the project's."""
+    return shown(str(config_flags.get_config_filename(flags.FLAGS["config"])))
 
 
 def overrides() -> list[str]:
@@ -40,11 +44,14 @@ def _parse(argv: list[str]) -> list[str]:
         name = argument.lstrip("-").partition("=")[0]
         if name.startswith("config.") and name.removeprefix("config.") not in FIELDS:
             raise unknown("field", f"--{name}", [f"--config.{field}" for field in FIELDS])
-    path = next((a.partition("=")[2] for a in argv if a.startswith("--config=")), None)
-    if "--config" in argv[:-1]:
-        path = argv[argv.index("--config") + 1]
-    if path is not None and not pathlib.Path(path.partition(":")[0]).is_file():
-        raise UserError(f"--config={path}: there is no such file")
+    argv, path = list(argv), None
+    for i, argument in enumerate(argv):
+        if argument.startswith("--config="):
+            path = argument.partition("=")[2]
+            argv[i] = f"--config={find_config(path)}"
+        elif argument == "--config" and i + 1 < len(argv):
+            path = argv[i + 1]
+            argv[i + 1] = find_config(path)
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
@@ -89,7 +96,7 @@ def run_program(
             if _CONFIG.value is not None:
                 raise UserError(f"{name} takes no --config")
         elif _CONFIG.value is None:
-            raise UserError("--config is missing; for example --config configs/digits_resnet20.py")
+            raise UserError("--config is missing; for example --config digits_resnet20")
         _reject_arguments(rest)
         return [argv[0], name]
 

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.config.packaged import config_files
+from mimicnorm_jax.errors import refused_by_system
 from mimicnorm_jax.tools.memory.compiled import Row, analyse
 from mimicnorm_jax.tools.memory.plot import plot
 from mimicnorm_jax.tools.memory.targets import mesh_of
 from mimicnorm_jax.tools.variants import PLAIN, parse_variants
 
-CONFIGS = pathlib.Path("configs")
 RESULTS = pathlib.Path("results", "memory")
 TPU = "tpu:v5e:2x2"
 _MAIN = ("batchnorm", "mimicnorm", "nonorm")
@@ -116,10 +116,7 @@ def compile_job(job: Job, known: dict[str, dict[str, Any]]) -> Row:
 
 
 def _load(name: str) -> ConfigDict:
-    path = CONFIGS / f"{name}.py"
-    if not path.is_file():
-        raise UserError(f"{path}: there is no such file; run this in the project's folder")
-    return runpy.run_path(str(path))["get_config"]()
+    return runpy.run_path(str(config_files()[name]))["get_config"]()
 
 
 def _compile_all(

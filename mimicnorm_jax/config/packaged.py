@@ -1,0 +1,51 @@
+"""The configs that come with the project: ``configs/``, one file an experiment."""
+
+from __future__ import annotations
+
+import pathlib
+
+import mimicnorm_jax
+from mimicnorm_jax.errors import UserError, unknown
+
+
+def config_files() -> dict[str, pathlib.Path]:
+    """The files by name, such as ``"digits_resnet20"``."""
+    package = pathlib.Path(mimicnorm_jax.__file__).parent
+    installed = package / "configs"
+    folder = installed if installed.is_dir() else package.parent / "configs"  # of a checkout
+    return {path.stem: path for path in sorted(folder.glob("*.py"))}
+
+
+def find_config(given: str) -> str:
+    """The file that ``--config`` means.
+
+    Args:
+      given: a file, or the name of one that comes with the project; either may be followed by a
+        colon and an argument of its ``get_config``.
+
+    Returns:
+      Its path, and what followed it.
+
+    Raises:
+      UserError: there is no such file, and no such name.
+    """
+    name, colon, argument = given.partition(":")
+    if pathlib.Path(name).is_file():
+        return given
+    files = config_files()
+    if name in files:
+        return f"{files[name]}{colon}{argument}"
+    if pathlib.Path(name).suffix or "/" in name:
+        hint = (
+            f"; it comes with the project: --config={stem}"
+            if (stem := pathlib.Path(name).stem) in files
+            else ""
+        )
+        raise UserError(f"--config={given}: there is no such file{hint}")
+    raise unknown("config", name, files)
+
+
+def shown(path: str) -> str:
+    """The name of a file that comes with the project, the path of any other."""
+    names = {str(file): name for name, file in config_files().items()}
+    return names.get(path, path)
