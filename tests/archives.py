@@ -2,9 +2,8 @@
 
 import importlib.util
 import io
+import os
 import pathlib
-import subprocess
-import sys
 import tarfile
 
 import numpy as np
@@ -13,6 +12,7 @@ import sklearn.datasets
 from PIL import Image
 
 from mimicnorm_jax.config import default_config, validate
+from tests import forkserver
 
 TRAIN, TEST = 150, 40  # examples of the fake CIFAR-100
 SYNSETS = ("n01440764", "n01443537", "n04486054")  # three of ImageNet's classes
@@ -86,8 +86,7 @@ def write_imagenet(directory):
 
 
 def run_tool(*arguments):
-    command = [sys.executable, "-m", "mimicnorm_jax.tools.prepare_data", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return forkserver.run("mimicnorm_jax.tools.prepare_data", arguments, env=os.environ)
 
 
 def data_config(root, name, **values):

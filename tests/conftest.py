@@ -1,5 +1,6 @@
 """Strict settings for all tests: four CPU devices, no silent rank promotion."""
 
+import gc
 import os
 import pathlib
 import shutil
@@ -15,6 +16,9 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax-
 # where tests count the lines.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = (
+    "0"  # tracing is half of the time, and these a tenth
+)
 os.environ["XLA_FLAGS"] = xla_flags(devices=4)
 
 import jax
@@ -22,12 +26,19 @@ import pytest
 
 from mimicnorm_jax.config import default_config
 from mimicnorm_jax.data.tfds import build_directory
-from tests import archives
+from tests import archives, forkserver
 from tests.runs import TINY
 
 ROOT = pathlib.Path(__file__).parent.parent
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_finish():
+    """What is imported stays: the collector, which tracing calls often, need not look at it."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
 
 
 @pytest.fixture
@@ -78,11 +89,11 @@ def run_main():
     def run(*arguments, module="mimicnorm_jax.main", background=False, cwd=ROOT, **environment):
         # one device: what a laptop has
         env = os.environ | {"XLA_FLAGS": QUICK, "PYTHONPATH": str(ROOT)} | environment
-        command = [sys.executable, "-m", module, *map(str, arguments)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         if background:
+            command = [sys.executable, "-m", module, *map(str, arguments)]
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
             return subprocess.Popen(command, cwd=cwd, env=env, **pipes)
-        return subprocess.run(command, cwd=cwd, env=env, timeout=300, **pipes)
+        return forkserver.run(module, arguments, env=env, cwd=cwd)
 
     return run
 

@@ -6,9 +6,9 @@ import pathlib
 import signal
 import socket
 import subprocess
-import sys
 import time
 
+from tests import forkserver
 from tests.flags import xla_flags
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -44,15 +44,17 @@ class Run:
         self.processes, self._outputs = [], []
         for index in range(count):
             place = (address, f"--num-processes={count}", f"--process-id={index}")
-            command = [
-                *(sys.executable, "-m", "mimicnorm_jax.main", *map(str, arguments)),
+            given = [
+                *map(str, arguments),
                 *(place if count > 1 else ()),
                 *(flags[index] if flags else ()),
             ]
             attempt = sum(1 for _ in folder.glob(f"{index}.*.out"))
             paths = tuple(folder / f"{index}.{attempt}.{kind}" for kind in ("out", "err"))
-            with paths[0].open("w") as out, paths[1].open("w") as err:
-                process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=err)
+            out, err = paths
+            process = forkserver.start(
+                "mimicnorm_jax.main", given, env=env, cwd=ROOT, out=out, err=err
+            )
             self.processes.append(process)
             self._outputs.append(paths)
 
