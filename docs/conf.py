@@ -6,6 +6,7 @@ as it does where the repository is browsed, and ``results/README.md`` has one co
 
 import os
 import pathlib
+import re
 import sys
 from typing import Any
 
@@ -27,6 +28,8 @@ include_patterns = [
     *("CONTRIBUTING.md", "CHANGELOG.md"),
 ]
 exclude_patterns = [".*", "runs", "site", "build", "dist"]
+
+smartquotes = False  # flags begin with two hyphens
 
 html_theme = "furo"
 html_title = project
@@ -59,17 +62,23 @@ def of_module(
     """The signature of a Flax module is that of ``__init__``, not that of its metaclass."""
     if what != "class" or not issubclass(obj, nnx.Module):
         return None
-    text = stringify_signature(signature(obj.__init__, bound_method=True), unqualified_typehints=True)
+    found = signature(obj.__init__, bound_method=True)
+    if "args" in found.parameters:  # a subclass that adds to what its base takes
+        base = signature(obj.__base__.__init__, bound_method=True).parameters.values()
+        own = [p for p in found.parameters.values() if p.kind is p.KEYWORD_ONLY]
+        found = found.replace(parameters=[*base, *own])
+    text = stringify_signature(found, unqualified_typehints=True)
     return text.removesuffix(" -> None"), ""
 
 
-def with_title(app: Sphinx, name: str, source: list[str]) -> None:
-    """Tables that a program has written have no title of their own."""
+def readable(app: Sphinx, name: str, source: list[str]) -> None:
+    """A number stays on the line of its %; tables that a program has written get a title."""
+    source[0] = re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", source[0])
     if name.startswith("results/memory/"):
         source[0] = f"# Memory: {name.rpartition('/')[2]}\n\n{source[0]}"
 
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
-    app.connect("source-read", with_title)
+    app.connect("source-read", readable)
     app.connect("autodoc-process-signature", of_module)

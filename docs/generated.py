@@ -34,7 +34,7 @@ class Fields(SphinxDirective):
                 about = [nodes.paragraph("", field.meaning)]
                 if allowed := field.describe():
                     about.append(nodes.paragraph("", f"Allowed: {allowed}."))
-                entries += _entry(f"config.{name}", f"default {default}", about)
+                entries += _entry(f"config.{name}", default, about)
             section += entries
             found.append(section)
         return found
@@ -59,7 +59,9 @@ class Flags(SphinxDirective):
 
 
 def _entry(name: str, default: str, about: list[nodes.paragraph]) -> nodes.definition_list_item:
-    term = nodes.term("", "", nodes.literal("", name), nodes.Text(f"  {default}"))
+    term = nodes.term("", "", nodes.literal("", name))
+    if default:
+        term += [nodes.Text(" default "), nodes.literal("", default)]
     return nodes.definition_list_item("", term, nodes.definition("", *about))
 
 
@@ -81,8 +83,7 @@ def _flags(text: str) -> Iterator[tuple[str, str, str]]:
         found = {child.tag: child.text or "" for child in flag}
         if found["file"].startswith(PACKAGE) or found.get("key") == "yes":
             default = found.get("default", "")
-            shown = f"default {default}" if default not in ("", "None") else ""
-            yield found["name"], shown, found["meaning"]
+            yield found["name"], "" if default == "None" else default, found["meaning"]
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
