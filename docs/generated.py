@@ -48,7 +48,10 @@ class Flags(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         """Called by Sphinx."""
         module = self.arguments[0]
-        help_text = _output(module, "--help")
+        try:
+            help_text = _output(module, "--help")
+        except ValueError as error:
+            raise self.error(str(error)) from error
         if "Try --helpfull" not in help_text:  # of argparse
             return [nodes.literal_block(help_text, help_text, language="text")]
         about = help_text.partition("\nflags:")[0].strip()
