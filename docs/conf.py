@@ -29,7 +29,7 @@ include_patterns = [
 ]
 exclude_patterns = [".*", "runs", "site", "build", "dist"]
 
-smartquotes = False  # flags begin with two hyphens
+smartquotes_action = "D"  # only dashes
 
 html_theme = "furo"
 html_title = project
@@ -56,6 +56,13 @@ nitpicky = True  # a reference to a name of this project that does not exist is 
 nitpick_ignore_regex = [(r"py:.*", r"(?!mimicnorm_jax\.).*")]
 
 
+class Name(str):
+    """A name that is its own representation."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 def of_module(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, given: str | None, returned: str
 ) -> tuple[str, str] | None:
@@ -67,8 +74,15 @@ def of_module(
         base = signature(obj.__base__.__init__, bound_method=True).parameters.values()
         own = [p for p in found.parameters.values() if p.kind is p.KEYWORD_ONLY]
         found = found.replace(parameters=[*base, *own])
-    text = stringify_signature(found, unqualified_typehints=True)
-    return text.removesuffix(" -> None"), ""
+    # a function or class as a default is shown by its name
+    shown = [
+        p.replace(default=Name(p.default.__name__))
+        if p.default is not p.empty and hasattr(p.default, "__name__")
+        else p
+        for p in found.parameters.values()
+    ]
+    text = stringify_signature(found.replace(parameters=shown), show_annotation=False)
+    return text, ""
 
 
 def readable(app: Sphinx, name: str, source: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -31,7 +32,7 @@ class Fields(SphinxDirective):
             entries = nodes.definition_list()
             for name, field in fields:
                 default = "unset" if field.default is None else repr(field.default)
-                about = [nodes.paragraph("", field.meaning)]
+                about = [_paragraph(field.meaning)]
                 if allowed := field.describe():
                     about.append(nodes.paragraph("", f"Allowed: {allowed}."))
                 entries += _entry(f"config.{name}", default, about)
@@ -57,7 +58,7 @@ class Flags(SphinxDirective):
         about = help_text.partition("\nflags:")[0].strip()
         entries = nodes.definition_list()
         for name, default, meaning in _flags(_output(module, "--helpxml")):
-            entries += _entry(f"--{name}", default, [nodes.paragraph("", meaning)])
+            entries += _entry(f"--{name}", default, [_paragraph(meaning)])
         return [nodes.literal_block(about, about, language="text"), entries]
 
 
@@ -66,6 +67,14 @@ def _entry(name: str, default: str, about: list[nodes.paragraph]) -> nodes.defin
     if default:
         term += [nodes.Text(" default "), nodes.literal("", default)]
     return nodes.definition_list_item("", term, nodes.definition("", *about))
+
+
+def _paragraph(text: str) -> nodes.paragraph:
+    """Text in which flags are set as such."""
+    parts = re.split(r"(--[a-z][\w.-]*(?:=[\w.]+)?)", text)
+    return nodes.paragraph(
+        "", "", *(nodes.literal("", p) if i % 2 else nodes.Text(p) for i, p in enumerate(parts))
+    )
 
 
 def _output(module: str, flag: str) -> str:

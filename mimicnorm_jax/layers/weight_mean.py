@@ -90,15 +90,8 @@ def stable_normal(
 ) -> Initializer:
     """Normal initializer of mean 0 and variance ``gain**2 * stable_variance``.
 
-    Args:
-      fan_in, centered, after_relu: as for ``stable_variance``.
-      gain: factor of the standard deviation.
-
-    Returns:
-      A function ``(key, shape, dtype)`` that draws an array.
-
-    Raises:
-      ValueError: as ``stable_variance``.
+    It is a function ``(key, shape, dtype)``. ``gain`` multiplies the standard deviation; other
+    arguments and errors are those of ``stable_variance``.
     """
     variance = stable_variance(fan_in, centered=centered, after_relu=after_relu)
     return nnx.initializers.normal(gain * math.sqrt(variance))
