@@ -122,7 +122,10 @@ def last_bn_cross_entropy(
 
     Returns:
       The per-example loss ``(B,)``, the batch mean ``(C,)`` and the biased batch
-      variance ``(C,)``, in at least float32.
+      variance ``(C,)``, in at least float32. The loss is in nats.
+
+    Raises:
+      ValueError: a single example, whose variance is 0.
     """
     logits = logits.astype(at_least_float32(logits.dtype))
     mean, var, _ = _batch_moments(logits, axis_name)
@@ -131,7 +134,16 @@ def last_bn_cross_entropy(
 
 
 def cross_entropy(logits: jax.Array, labels: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
-    """Softmax cross-entropy per example ``(B,)`` of ``(B, C)`` logits."""
+    """Softmax cross-entropy of every example.
+
+    Args:
+      logits: ``(B, C)``.
+      labels: ``(B,)`` class indices.
+      label_smoothing: weight of the uniform distribution in the target.
+
+    Returns:
+      ``(B,)``, in nats and in the type of the logits.
+    """
     if not label_smoothing:
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)

@@ -32,8 +32,11 @@ def project_weight_mean(mask: Any) -> optax.GradientTransformation:
         ``weight_mean_mask(model)`` makes one. The parameters themselves may be an
         ``nnx.State`` or a tree of arrays.
 
-    Raises (in ``update``):
-      ValueError: no parameters given, a mask that does not fit them, or a chosen
+    Returns:
+      The transform; it has no state.
+
+    Raises:
+      ValueError: in its ``update``: no parameters given, a mask that does not fit them, or a chosen
         parameter with fewer than 2 axes.
     """
 
@@ -59,6 +62,9 @@ def _pure(tree: Any) -> Any:
 
 def weight_mean_mask(model: nnx.Module) -> dict[str, Any]:
     """Which parameters of a model are kernels in the projected form of weight mean.
+
+    Args:
+      model: any module; layers with ``weight_mean="projected"`` are found at any depth.
 
     Returns:
       A tree of booleans, of the structure of

@@ -88,7 +88,11 @@ def stable_variance(fan_in: int, *, centered: bool, after_relu: bool) -> float:
 def stable_normal(
     fan_in: int, *, centered: bool, after_relu: bool, gain: float = 1.0
 ) -> Initializer:
-    """Normal initializer ``(key, shape, dtype)`` with ``gain**2 * stable_variance``."""
+    """Normal initializer of mean 0 and variance ``gain**2 * stable_variance``.
+
+    It is a function ``(key, shape, dtype)``. ``gain`` multiplies the standard deviation; other
+    arguments and errors are those of ``stable_variance``.
+    """
     variance = stable_variance(fan_in, centered=centered, after_relu=after_relu)
     return nnx.initializers.normal(gain * math.sqrt(variance))
 
@@ -347,8 +351,13 @@ class WeightMeanConv(ScaledConv):
         at the start, and must be kept so by ``project_weight_mean``; nothing is done in
         the forward or backward pass.
       after_relu: whether the input is rectified; it decides the initial variance.
-      *args, **kwargs: as for ``ScaledConv``; the default ``kernel_init`` is
-        ``stable_normal`` for a centred kernel.
+
+    The other arguments are those of ``ScaledConv``, in the same order; the default
+    ``kernel_init`` is ``stable_normal`` for a centred kernel.
+
+    Raises:
+      ValueError: an unknown ``weight_mean``, what ``ScaledConv`` refuses, or a fan-in of 1,
+        of which centring leaves nothing.
     """
 
     def __init__(
@@ -369,7 +378,12 @@ class WeightMeanDense(ScaledDense):
 
     Args:
       weight_mean, after_relu: as for ``WeightMeanConv``.
-      *args, **kwargs: as for ``ScaledDense``.
+
+    The other arguments are those of ``ScaledDense``, in the same order. It maps
+    ``(..., in_features)`` to ``(..., out_features)``.
+
+    Raises:
+      ValueError: as ``WeightMeanConv``.
     """
 
     def __init__(

@@ -35,6 +35,7 @@ __all__ = [
     "create_method",
 ]
 
+#: The methods, as classes, by name.
 METHODS: dict[str, type[Method]] = {
     method.name: method
     for method in (
@@ -50,6 +51,9 @@ def create_method(name: str, **options: Any) -> Method:
     Args:
       name: one of ``METHODS``.
       **options: the method's attributes, such as ``bn_sync`` of ``"batchnorm"``.
+
+    Returns:
+      The method, for ``create_model``.
 
     Raises:
       UserError: an unknown name, an option that the method does not have, or a value

@@ -15,6 +15,7 @@ from mimicnorm_jax.methods import METHODS, Method, create_method
 from mimicnorm_jax.models import mlp, resnet, shufflenet, squeezenet, vgg
 from mimicnorm_jax.precision import resolve_precision
 
+#: What makes a network, by its name.
 NETWORKS: dict[str, Callable[..., nnx.Module]] = {
     "mlp": mlp.MLP,
     **{name: functools.partial(vgg.VGG, layers) for name, layers in vgg.STAGE_LAYERS.items()},
@@ -32,7 +33,14 @@ _COMMON = frozenset({"method", "num_classes", "image_size", "channels", "width",
 
 
 def network_options(name: str) -> list[str]:
-    """Names of the options that a network has beyond the common arguments."""
+    """Names of the options that a network has beyond the common arguments.
+
+    Args:
+      name: one of ``NETWORKS``.
+
+    Raises:
+      UserError: an unknown name.
+    """
     if name not in NETWORKS:
         raise unknown("network", name, NETWORKS)
     network = NETWORKS[name]

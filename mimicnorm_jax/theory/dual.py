@@ -75,6 +75,12 @@ def dual_activation_derivative(rho: jax.typing.ArrayLike) -> jax.Array:
 
     It is ``E[1(u > 0) 1(v > 0)]``: 0 at -1, 1/4 at 0, 1/2 at 1. Its own derivative is infinite
     at both ends; within rounding errors of them it is ``1/(2 pi sqrt(eps))``.
+
+    Args:
+      rho: as for ``dual_activation``.
+
+    Returns:
+      An array of the shape of ``rho``, of at least float32.
     """
     return _slope(_as_float(rho))
 

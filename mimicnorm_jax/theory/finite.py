@@ -69,6 +69,9 @@ def mlp(kind: Kind, depth: int, width: int, image_size: int, channels: int = 1) 
       image_size: of the images.
       channels: of the images.
 
+    Returns:
+      A function that makes the network, given ``nnx.Rngs``.
+
     Raises:
       UserError: a wrong kind or number.
     """
@@ -136,10 +139,16 @@ def cnn(kind: Kind, depth: int, width: int, channels: int = 1, num_classes: int 
 
     Args:
       kind: as for ``mlp``.
-      depth, width, channels, num_classes: as for ``CNN``.
+      depth: number of convolutions after the first; each follows a ReLU.
+      width: channels of all convolutions.
+      channels: of the images.
+      num_classes: features of the classifier.
+
+    Returns:
+      A function that makes the network, given ``nnx.Rngs``.
 
     Raises:
-      UserError: a wrong kind.
+      UserError: a wrong kind or number.
     """
     method = _method(kind)
     if depth < 0 or width < 1:
@@ -167,7 +176,17 @@ def layer_outputs(model: MLP, images: jax.Array) -> list[jax.Array]:
 
 
 def pre_activations(depth: int) -> Outputs:
-    """The outputs of the layer that ``depth`` ReLUs precede, for ``empirical_kernels``."""
+    """The outputs of the layer that ``depth`` ReLUs precede, for ``empirical_kernels``.
+
+    Args:
+      depth: number of ReLUs before the layer.
+
+    Returns:
+      A function of an ``mlp`` and images ``(B, H, W, C)``, whose result is ``(B, width)``.
+
+    Raises:
+      UserError: a negative number.
+    """
     if depth < 0:
         raise UserError(f"depth = {depth} is below 0")
     return lambda model, images: layer_outputs(model, images)[depth]
@@ -204,6 +223,9 @@ def empirical_kernels(
       directions: random signs for each initialization; 0 leaves the NTK out. Memory is B times
         that of the parameters.
       quiet: show no progress.
+
+    Returns:
+      Both kernels with their standard errors, ``(B, B)`` each.
 
     Raises:
       UserError: ``count`` is below 2, so that there is no standard error.

@@ -120,6 +120,9 @@ def transition(
         where there is no bias (Theorem 3).
       bias_variance: b.
 
+    Returns:
+      An array of the shape of ``rho``.
+
     Raises:
       UserError: a wrong kind or number.
     """
@@ -144,7 +147,17 @@ def transition_derivative(
     weight_variance: float | None = None,
     bias_variance: float = 0.0,
 ) -> jax.Array:
-    """The derivative of ``transition`` with respect to rho; arguments as there."""
+    """The derivative of ``transition`` with respect to rho.
+
+    Args:
+      rho, kind, width, weight_variance, bias_variance: as for ``transition``.
+
+    Returns:
+      An array of the shape of ``rho``.
+
+    Raises:
+      UserError: as ``transition``.
+    """
     scale = _transition_of(kind, width, weight_variance, bias_variance).scale
     return scale * dual_activation_derivative(rho)
 
@@ -153,7 +166,13 @@ def stable_weight_variance(kind: Kind, width: int | None = None) -> float:
     """sigma_w^2 of a network without biases that keeps variances (Theorem 3).
 
     2 for a straight network, ``2n/((n-1)(1-1/pi))`` with weight mean; a weight has this over
-    its fan-in. Arguments and errors as for ``transition``.
+    its fan-in.
+
+    Args:
+      kind, width: as for ``transition``.
+
+    Raises:
+      UserError: as ``transition``.
     """
     scale = _transition_of(kind, width).scale
     return scale / _remaining(kind, width)
@@ -179,7 +198,11 @@ def chi1(
     Where it vanishes or grows without end, what a bias adds or how large the weights are does
     not matter to correlations: there it is as without a bias.
 
-    Arguments and errors as for ``transition``, and an error where no weight nor bias is left.
+    Args:
+      kind, width, weight_variance, bias_variance: as for ``transition``.
+
+    Raises:
+      UserError: as ``transition``, and where neither weights nor biases are left.
     """
     return _in_the_limit(_transition_of(kind, width, weight_variance, bias_variance)).scale / 2.0
 
@@ -204,6 +227,16 @@ def phase(chi1: float, *, tolerance: float = 1e-9) -> Phase:
 
     The condition number of the NTK diverges with depth in the ordered phase, ends near a
     multiple of the number of examples on the critical line, and ends at 1 in the chaotic phase.
+
+    Args:
+      chi1: as the function of this name returns it.
+      tolerance: how far from 1 still counts as 1.
+
+    Returns:
+      ``"ordered"`` below 1, ``"critical"`` at 1, ``"chaotic"`` above.
+
+    Raises:
+      UserError: a negative number, or NaN.
     """
     if not chi1 >= 0:
         raise UserError(f"chi1 = {chi1} is no derivative of a transition")
@@ -236,8 +269,13 @@ def fixed_points(
     """All fixed points of the correlation's transition in [-1, 1], in ascending order (Fig. 4).
 
     1 always is one, the only one where ``chi1`` is at most 1. With ``rho = cos t`` the other
-    solves ``(1 - cos t)(1 - 1/chi_1) = (sin t - t cos t) / pi``. Arguments and errors as for
-    ``chi1``, with whose variances the transition is meant.
+    solves ``(1 - cos t)(1 - 1/chi_1) = (sin t - t cos t) / pi``.
+
+    Args:
+      kind, width, weight_variance, bias_variance: as for ``chi1``.
+
+    Raises:
+      UserError: as ``chi1``.
     """
     slope = chi1(kind, width=width, weight_variance=weight_variance, bias_variance=bias_variance)
     angle = _meeting(slope)
@@ -294,7 +332,14 @@ def ntk(rho0: jax.typing.ArrayLike, depth: int, kind: Kind, **options: Any) -> j
     respect to ``rho0`` is infinite at 1 and -1, as that of T' is, see
     ``dual_activation_derivative``.
 
-    Arguments, result and errors as for ``nngp``.
+    Args:
+      rho0, depth, kind, options: as for ``nngp``.
+
+    Returns:
+      An array of the shape of ``rho0``.
+
+    Raises:
+      UserError: as ``nngp``.
     """
     return _kernels(rho0, depth, kind, options)[1]
 
@@ -335,9 +380,14 @@ def _correlations(rho0: jax.typing.ArrayLike) -> jax.Array:
 
 
 def condition_number(theta: jax.typing.ArrayLike) -> jax.Array:
-    """Largest by smallest eigenvalue of symmetric kernel matrices ``(..., N, N)``.
+    """Largest by smallest eigenvalue of symmetric kernel matrices.
 
-    Infinite where the smallest is not above 0, as for a singular matrix, by rounding.
+    Args:
+      theta: ``(..., N, N)``.
+
+    Returns:
+      ``(...)``; infinite where the smallest eigenvalue is not above 0, as for a singular matrix,
+      by rounding.
     """
     values = jnp.linalg.eigvalsh(jnp.asarray(theta))
     smallest, largest = values[..., 0], values[..., -1]

@@ -228,7 +228,11 @@ class Probe:
         self.draw(seed)
 
     def draw(self, seed: int) -> None:
-        """Draws other initial values."""
+        """Draws other initial values.
+
+        Args:
+          seed: decides them.
+        """
         self._params, self._stats = self._initialize(jnp.uint32(seed))
 
     def load(self, params: Any) -> None:
@@ -249,6 +253,9 @@ class Probe:
         Args:
           images: normalized, ``(B, H, W, C)``, B at least 2.
           labels: ``(B,)``, for the gradient of the mean cross-entropy; None for none.
+
+        Returns:
+          What is known about every layer and residual addition, in the order of the network.
 
         Raises:
           UserError: a single image, or a part of the network that has no prediction.
@@ -276,7 +283,14 @@ class Probe:
         ]
 
     def predict(self, images: jax.Array) -> dict[str, Signal]:
-        """The predicted signal of every layer, by name and in the order of the network."""
+        """The predicted signal of every layer, by name and in the order of the network.
+
+        Args:
+          images: normalized, ``(B, H, W, C)``.
+
+        Raises:
+          UserError: a part of the network has no prediction.
+        """
         tape, _ = self._run(self._params, observe(images))
         return tape.records
 

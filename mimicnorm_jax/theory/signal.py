@@ -124,7 +124,14 @@ def divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
 
 
 def observe(images: jax.Array) -> Signal:
-    """The signal of given images ``(B, H, W, C)``."""
+    """The signal of given images, from which a network's is predicted.
+
+    Args:
+      images: ``(B, H, W, C)``, normalized.
+
+    Returns:
+      Their statistics over the channels C, in float32.
+    """
     batch, height, width, channels = images.shape
     offsets: list[Offset] = []
     step = 1

@@ -1,0 +1,120 @@
+"""What the README and the pages promise works as written, and no public name is left out."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import mimicnorm_jax
+from mimicnorm_jax import theory
+from tests.conftest import ROOT
+
+PAGES = sorted(
+    path
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("*/README.md"))
+    if ".venv" not in path.parts
+)
+BLOCK = re.compile(r"(<!-- not run: [^>]+ -->\n+)?^( *)```python\n(.*?)^ *```", re.M | re.S)
+
+
+def blocks(text):
+    """The Python blocks that are not marked with a reason why they must not run."""
+    for marked, indent, code in BLOCK.findall(text):
+        if not marked:
+            yield "\n".join(line.removeprefix(indent) for line in code.splitlines())
+
+
+WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture
+def run():
+    """Runs a page's blocks one after the other, and gives what they define."""
+
+    def run_page(page):
+        names = {}
+        for block in blocks(page.read_text()):
+            exec(block, names)
+        return names
+
+    yield run_page
+    jax.config.update("jax_enable_x64", False)  # which a page may have turned on
+
+
+EXPECTED = {
+    "README.md": lambda names: names["logits"].shape == (8, 100),
+    "docs/index.md": lambda names: names["logits"].shape == (8, 10),
+    "docs/own_network.md": lambda names: (
+        names["loss"].shape == (8,)
+        and names["optimizer"].tx is names["transform"]
+        and names["end"].scale[...] == np.float32(3**-0.5)
+    ),
+    "docs/probe.md": lambda names: names["layer"].name == "classifier",
+    "docs/theory.md": lambda names: names["found"].ntk.mean.shape == (8, 8),
+}
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
+def test_the_examples_run(page, run):
+    assert EXPECTED[name_of(page)](run(page))
+
+
+def test_the_numbers_in_the_theory_are_what_comes_out(run):
+    names = run(ROOT / "docs" / "theory.md")
+    np.testing.assert_allclose(
+        names["transition"](names["rho"], "straight"), [0, 0.109, 0.318, 0.609, 1], atol=5e-4
+    )
+
+
+def test_a_block_that_must_not_run_is_marked_with_a_reason():
+    text = "<!-- not run: it needs a GPU -->\n```python\n1 / 0\n```\n  ```python\n  x = 1\n  ```\n"
+    assert list(blocks(text)) == ["x = 1"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_what_a_page_links_to_exists(page):
+    text = page.read_text()
+    for link in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (page.parent / link).exists(), link
+    assert not re.search(r"@[A-Z]+@|TODO", text)
+
+
+def test_configs_that_a_page_names_exist():
+    for page in (ROOT / "README.md", ROOT / "docs" / "train.md"):
+        for name in re.findall(r"`([a-z0-9_]+\.py)`", page.read_text()):
+            assert (ROOT / "configs" / name).exists()
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 200
+    assert len(re.findall(r"!\[", text)) == 1
+
+
+@pytest.mark.parametrize("module", [mimicnorm_jax, theory], ids=lambda module: module.__name__)
+def test_every_public_name_is_in_the_api(module):
+    pages = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    documented = set(re.findall(r"^\.\. auto\w+:: (?:[\w.]+\.)?(\w+)$", pages, re.M))
+    assert set(module.__all__) <= documented
+
+
+def test_every_program_is_in_the_api():
+    page = (ROOT / "docs" / "api" / "programs.md").read_text()
+    documented = set(re.findall(r"program-flags} (\S+)", page))
+    programs = {"mimicnorm_jax.main", "mimicnorm_jax.paper"}
+    for path in (ROOT / "mimicnorm_jax" / "tools").rglob("*.py"):
+        if '__name__ == "__main__"' in path.read_text():
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            programs.add(".".join(parts).removesuffix(".__main__"))
+    assert documented == programs
+
+
+def test_the_pages_of_the_site_are_in_its_contents():
+    index = (ROOT / "docs" / "index.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.stem == "index" or f"<{page.stem}>" in index
