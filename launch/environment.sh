@@ -1,9 +1,8 @@
 # Sourced by the other scripts: a virtual environment with this project in it.
-# Set PYTHON to choose the interpreter, VENV to choose where the environment goes.
+# Set PYTHON to choose the interpreter, which then has an environment of its own (.venv-3.12);
+# VENV to choose where the environment goes. From Python 3.12 on the newest JAX is installed.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-VENV=${VENV:-.venv}
-
 find_python() {
   local candidate
   for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
@@ -16,11 +15,19 @@ find_python() {
   return 1
 }
 
+if [ -z "${VENV:-}" ]; then
+  VENV=.venv
+  if [ -n "${PYTHON:-}" ]; then
+    python=$(find_python) || exit 1
+    VENV=.venv-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+  fi
+fi
+
 # install [EXTRA]: installs the project with the versions of constraints.txt, unless that
 # has been done since pyproject.toml and constraints.txt last changed.
 install() {
   local extra=${1:-} python stamp
-  stamp="$VENV/.installed-${extra:-core}-$(cat pyproject.toml constraints.txt | cksum | tr ' ' '-')"
+  stamp="$VENV/.installed-${extra:-core}-$(cat pyproject.toml setup.py constraints.txt | cksum | tr ' ' '-')"
   [ -e "$stamp" ] && return
   python=$(find_python) || return
   echo "installing into $VENV (a few minutes the first time) …"
