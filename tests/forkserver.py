@@ -34,6 +34,7 @@ PRELOADED = (
     *("matplotlib.figure", "matplotlib.backends.backend_agg"),
 )
 READ_AT_IMPORT = ("JAX_", "PYTHON", "OPENBLAS", "OMP_", "TF_", "LD_", "MPL")
+READ_LATER = ("PYTHONPATH", "PYTHONUNBUFFERED")  # by _become
 
 
 def _serve(control: socket.socket) -> dict:
@@ -175,18 +176,21 @@ _SERVERS: dict[int, _Server] = {}
 
 
 def _at_import(environment) -> dict:
-    return {k: v for k, v in environment.items() if k.startswith(READ_AT_IMPORT)}
+    return {
+        name: value
+        for name, value in environment.items()
+        if name.startswith(READ_AT_IMPORT) and name not in READ_LATER
+    }
 
 
 def start(module, arguments, *, env, cwd, out, err):
     """Starts ``python -m module`` with its output in two files; a ``Popen``, or much like one."""
-    own = {k: v for k, v in env.items() if k not in ("PYTHONPATH", "PYTHONUNBUFFERED")}
     server = _SERVERS.get(os.getpid())
     if server is None:
         server = _SERVERS[os.getpid()] = _Server()
     for path in (out, err):
         pathlib.Path(path).write_text("")
-    if _at_import(own) == _at_import(server.environment):
+    if _at_import(env) == _at_import(server.environment):
         request = {"module": module, "arguments": list(arguments), "env": dict(env)}
         return server.start(request | {"cwd": str(cwd), "out": str(out), "err": str(err)})
     with open(out, "w") as out_file, open(err, "w") as err_file:

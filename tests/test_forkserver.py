@@ -16,7 +16,7 @@ SHOW = """
 import atexit, os, signal, sys, threading, time, warnings
 import jax
 print(sys.argv[1:], os.getcwd(), __name__, sys.path[0], sorted(os.environ))
-print(jax.device_count(), jax.process_count(), [f[:3] for f in warnings.filters])
+print(jax.device_count(), jax.process_count(), [f[:3] for f in warnings.filters[-5:]])
 print(signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGCHLD), sys.stdin.read())
 atexit.register(lambda: print("at exit"))
 threading.Thread(target=lambda: (time.sleep(0.2), print("thread"))).start()
