@@ -1,7 +1,5 @@
 """At initialization, theory knows every layer of every network, on photographs."""
 
-import os
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,20 +10,14 @@ from mimicnorm_jax.theory import Probe
 
 # Width and initializations: narrow networks are wider here, so that few initializations are
 # enough to know the mean. The published widths, and large images, are in results/README.md.
-KINDS = {
+KINDS = dict.fromkeys(NETWORKS, (1.0, 16)) | {
     "mlp": (1.0, 4),
+    "vgg11": (0.5, 3),
+    "resnet20": (2.0, 20),
+    "resnet18": (1.0, 10),
+    "squeezenet": (2.0, 20),
+    "shufflenetv2_x1_0": (2.0, 8),
 }
-EVERYTHING = os.environ.get("MIMICNORM_TEST_ALL_PAIRS")
-if EVERYTHING:
-    KINDS = dict.fromkeys(NETWORKS, (1.0, 16)) | KINDS
-    KINDS |= {
-        "vgg11": (0.5, 3),
-        "resnet20": (2.0, 20),
-        "resnet18": (1.0, 10),
-        "squeezenet": (2.0, 20),
-        "shufflenetv2_x1_0": (2.0, 8),
-    }
-
 
 CORRELATION_KNOWN, CORRELATION_WITHIN = ("mimicnorm", "nonorm"), 0.25
 
@@ -77,7 +69,9 @@ def ratios(network, method, images, *, draws, **options):
     return predicted[measured > 0] / measured[measured > 0], measured
 
 
-@pytest.mark.parametrize("network", KINDS)
+@pytest.mark.parametrize(
+    "network", [pytest.param(n, marks=() if n == "mlp" else pytest.mark.long) for n in KINDS]
+)
 def test_every_layer_is_predicted_within_25_percent(photos, network):
     width, draws = KINDS[network]
     ratio, measured = ratios(network, "mimicnorm", photos(32), width=width, draws=draws)
@@ -86,7 +80,7 @@ def test_every_layer_is_predicted_within_25_percent(photos, network):
     assert measured.max() < 50  # nothing explodes
 
 
-@pytest.mark.skipif(not EVERYTHING, reason="a minute; MIMICNORM_TEST_ALL_PAIRS=1 adds it")
+@pytest.mark.long
 def test_large_images_are_predicted_too(photos):
     ratio, _ = ratios("resnet18", "mimicnorm", photos(96), draws=10)
     np.testing.assert_allclose(ratio, 1.0, atol=0.25)

@@ -1,7 +1,7 @@
 """Infinite width against real modules, by Monte Carlo.
 
 The short tests are for every day. Width 1024 is held to 2 % (5 % at depth 20), with the number of
-initializations that this takes, by
+initializations that this takes, by ``bash launch/test.sh --all``, or alone:
 
   MIMICNORM_TEST_OPTIMIZED=1 pytest -s -m long tests/theory/test_finite.py
 """

@@ -1,11 +1,8 @@
 """Every network trains on real images with every method that fits, also in bfloat16.
 
 How long a pair takes is how long it takes to compile, so every method is trained on two networks,
-and the paper's on one or more of each kind;
-``MIMICNORM_TEST_ALL_PAIRS=1 bash launch/test.sh tests/train/test_every_pair.py`` adds the rest.
+and the paper's on one or more of each kind; ``bash launch/test.sh --all`` adds the rest.
 """
-
-import os
 
 import numpy as np
 import pytest
@@ -17,7 +14,6 @@ from mimicnorm_jax.models import BRANCHED, NETWORKS, create_model
 from mimicnorm_jax.parallel import shard_batch
 from mimicnorm_jax.train.setup import set_up
 
-EVERYTHING = os.environ.get("MIMICNORM_TEST_ALL_PAIRS")
 STEPS = 30
 QUICK = ("vgg11", "resnet50", "squeezenet", "shufflenetv2_x0_5")
 
@@ -49,12 +45,16 @@ def fits(network, method):
     return network in BRANCHED or not METHODS[method].needs_branches
 
 
+def long_unless(quick, *values):
+    return pytest.param(*values, marks=() if quick else pytest.mark.long)
+
+
 def pairs():
     return [
-        (network, method)
+        long_unless(is_quick(network, method), network, method)
         for network in NETWORKS
         for method in METHODS
-        if fits(network, method) and (EVERYTHING or is_quick(network, method))
+        if fits(network, method)
     ]
 
 
@@ -128,6 +128,6 @@ def test_every_pair_learns_real_digits_in_30_steps(tiny_config, network, method)
     assert_learned(train(tiny_config, network, method, "float32"))
 
 
-@pytest.mark.parametrize("network", NETWORKS if EVERYTHING else ("vgg11", "resnet8"))
+@pytest.mark.parametrize("network", [long_unless(n in ("vgg11", "resnet8"), n) for n in NETWORKS])
 def test_every_kind_of_network_learns_in_bfloat16_too(tiny_config, network):
     assert_learned(train(tiny_config, network, "mimicnorm", "bfloat16"))
