@@ -18,8 +18,9 @@ TRAIN, TEST = 150, 40  # examples of the fake CIFAR-100
 SYNSETS = ("n01440764", "n01443537", "n04486054")  # three of ImageNet's classes
 PER_SYNSET, VALIDATION = 4, 6
 
+TENSORFLOW = importlib.util.find_spec("tensorflow") is not None
 needs_tensorflow = pytest.mark.skipif(
-    importlib.util.find_spec("tensorflow") is None,
+    not TENSORFLOW,
     reason="NOT TESTED: preparing data sets needs the extra prepare (TensorFlow)",
 )
 
@@ -86,7 +87,14 @@ def write_imagenet(directory):
 
 
 def run_tool(*arguments):
-    return forkserver.run("mimicnorm_jax.tools.prepare_data", arguments, env=os.environ)
+    writes = "--check" not in arguments and TENSORFLOW
+    modules = ("tensorflow", "tensorflow_datasets", "sklearn.datasets") if writes else ()
+    return forkserver.run(
+        "mimicnorm_jax.tools.prepare_data",
+        arguments,
+        env=os.environ,
+        modules=modules or forkserver.PRELOADED,
+    )
 
 
 def data_config(root, name, **values):

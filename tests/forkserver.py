@@ -37,9 +37,9 @@ READ_AT_IMPORT = ("JAX_", "PYTHON", "OPENBLAS", "OMP_", "TF_", "LD_", "MPL")
 READ_LATER = ("PYTHONPATH", "PYTHONUNBUFFERED")  # by _become
 
 
-def _serve(control: socket.socket) -> dict:
+def _serve(control: socket.socket, modules: list[str]) -> dict:
     """Forks at each request and tells of each end; returns in the child, with its request."""
-    for name in PRELOADED:
+    for name in modules:
         __import__(name)
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
@@ -123,10 +123,10 @@ class Forked:
 
 
 class _Server:
-    def __init__(self):
+    def __init__(self, modules: tuple[str, ...]):
         self._control, theirs = socket.socketpair()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.forkserver", str(theirs.fileno())],
+            [sys.executable, "-m", "tests.forkserver", str(theirs.fileno()), *modules],
             cwd=ROOT,
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
@@ -172,7 +172,7 @@ class _Server:
         self._process.wait()
 
 
-_SERVERS: dict[int, _Server] = {}
+_SERVERS: dict[tuple, _Server] = {}
 
 
 def _at_import(environment) -> dict:
@@ -183,11 +183,15 @@ def _at_import(environment) -> dict:
     }
 
 
-def start(module, arguments, *, env, cwd, out, err):
-    """Starts ``python -m module`` with its output in two files; a ``Popen``, or much like one."""
-    server = _SERVERS.get(os.getpid())
-    if server is None:
-        server = _SERVERS[os.getpid()] = _Server()
+def start(module, arguments, *, env, cwd, out, err, modules=PRELOADED):
+    """Starts ``python -m module`` with its output in two files; a ``Popen``, or much like one.
+
+    ``modules``: what its server has imported.
+    """
+    key = (os.getpid(), modules)
+    if key not in _SERVERS:
+        _SERVERS[key] = _Server(modules)
+    server = _SERVERS[key]
     for path in (out, err):
         pathlib.Path(path).write_text("")
     if _at_import(env) == _at_import(server.environment):
@@ -198,12 +202,12 @@ def start(module, arguments, *, env, cwd, out, err):
         return subprocess.Popen(command, cwd=cwd, env=env, stdout=out_file, stderr=err_file)
 
 
-def run(module, arguments, *, env, cwd=ROOT, timeout=300):
+def run(module, arguments, *, env, cwd=ROOT, timeout=300, modules=PRELOADED):
     """Runs ``python -m module`` to its end: like ``subprocess.run``, with text captured."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = pathlib.Path(folder, "out"), pathlib.Path(folder, "err")
         arguments = list(map(str, arguments))
-        process = start(module, arguments, env=env, cwd=cwd, out=out, err=err)
+        process = start(module, arguments, env=env, cwd=cwd, out=out, err=err, modules=modules)
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -215,4 +219,4 @@ def run(module, arguments, *, env, cwd=ROOT, timeout=300):
 
 
 if __name__ == "__main__":
-    _become(_serve(socket.socket(fileno=int(sys.argv[1]))))
+    _become(_serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2:]))
