@@ -6,7 +6,8 @@
 # code 1.
 #   OUT=DIR bash launch/gpu_benchmark.sh
 # PYTHON (default python) has jax[cuda], flax, optax, orbax, torch and what else is imported; what
-# it lacks may come as wheels in the folder WHEELS. To try it without a GPU:
+# it lacks may come as wheels in the folder WHEELS. TORCH=no leaves PyTorch's rows out. To try it
+# without a GPU:
 #   TARGET=cpu BATCH=8 EXTRA='--config.width=0.125 --seconds=0.2 --rounds=2' \
 #     bash launch/gpu_benchmark.sh
 set -euo pipefail
@@ -17,7 +18,8 @@ mkdir -p "$out"
 
 common=("--config.precision=bfloat16" "--config.num_devices=1" "--batch=$batch")
 ours=batchnorm,mimicnorm,nonorm
-in_torch=torch:batchnorm,torch:nonorm
+in_torch=,torch:batchnorm,torch:nonorm
+if [ "${TORCH:-yes}" = no ]; then in_torch=; fi
 int8=mimicnorm:activation_storage=int8
 code=0
 
@@ -66,9 +68,9 @@ PY
 # The small networks first: what they leave of their time is ResNet-50's, whose steps take the
 # longest to compile. A fifth is kept for memory, whose programs are then compiled already.
 small=$((limit * 13 / 100)) memory=$((limit * 21 / 100))
-step cifar100_resnet18 "$small" "$ours,$in_torch" || code=1
-step cifar100_vgg16 "$small" "$ours,$in_torch" || code=1
-step imagenet_resnet50 "$((limit - SECONDS - memory))" "$ours,$int8,$in_torch" || code=1
+step cifar100_resnet18 "$small" "$ours$in_torch" || code=1
+step cifar100_vgg16 "$small" "$ours$in_torch" || code=1
+step imagenet_resnet50 "$((limit - SECONDS - memory))" "$ours,$int8$in_torch" || code=1
 # peaks, not times: so these can go on side by side
 left=$((limit - SECONDS - 5)) parts=()
 memory cifar100_resnet18 "$left" "$ours" >"$scratch/resnet18" 2>&1 & parts+=($!)

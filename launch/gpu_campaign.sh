@@ -9,7 +9,7 @@
 # What PYTHON (default python) lacks comes as wheels in the folder WHEELS. Where there is a network,
 #   DATA=DIR WHEELS=DIR bash launch/gpu_campaign.sh --pack
 # fills that folder, and says how large everything is. To try it without a GPU: TARGET=cpu, with
-# BATCH, EXTRA (of gpu_benchmark.sh) and TRAINING (flags of mimicnorm_jax.tools.campaign train).
+# BATCH, EXTRA, TORCH (of gpu_benchmark.sh) and TRAINING (flags of mimicnorm_jax.tools.campaign train).
 set -euo pipefail
 SECONDS=0
 limit=${LIMIT:-480} most=$((60 * 2**20))
@@ -110,6 +110,10 @@ if wants smoke; then
     --config=configs/digits_resnet20.py --config.precision=bfloat16 --config.max_steps=5 \
     --workdir="$scratch/run" || code=1
   cp "$scratch/run/summary.json" "$numbers/smoke/" 2>/dev/null || true
+  part "a finite evaluation of them" "$each" "$python" -c 'import json, math, sys
+loss = json.load(open(sys.argv[1]))["final_test_loss"]
+sys.exit(0 if math.isfinite(loss) else f"error: final_test_loss is {loss}")' \
+    "$numbers/smoke/summary.json" || code=1
   part "agreement of a float32 step with the CPU's" "$((2 * each))" \
     "$python" -m mimicnorm_jax.tools.campaign agreement --config="$recipe" \
     --config.batch_size=64 --numbers="$numbers/smoke" ${fields[@]+"${fields[@]}"} || code=1
