@@ -83,7 +83,7 @@ pack() { # whoever reads it never finds half a tar; a file that changes meanwhil
   mv -f "$draft" "$out/numbers.tar"
 }
 # so that a kill at any moment leaves what was measured
-while sleep 5; do pack; done &
+while sleep 5; do pack; done >/dev/null 2>&1 & # which must not keep the log open
 packing=$!
 trap 'kill "$packing" 2>/dev/null || true; pack; rm -rf "$scratch"' EXIT
 
