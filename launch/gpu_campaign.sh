@@ -9,7 +9,8 @@
 # What PYTHON (default python) lacks comes as wheels in the folder WHEELS. Where there is a network,
 #   DATA=DIR WHEELS=DIR bash launch/gpu_campaign.sh --pack
 # fills that folder, and says how large everything is. To try it without a GPU: TARGET=cpu, with
-# BATCH, EXTRA, TORCH (of gpu_benchmark.sh) and TRAINING (flags of mimicnorm_jax.tools.campaign train).
+# BATCH, EXTRA, TORCH (of gpu_benchmark.sh), TESTS (of pytest) and TRAINING (flags of
+# mimicnorm_jax.tools.campaign train).
 set -euo pipefail
 SECONDS=0
 limit=${LIMIT:-480} most=$((60 * 2**20))

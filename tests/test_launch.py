@@ -269,6 +269,7 @@ def test_the_whole_campaign_on_a_cpu(campaign, tmp_path):
     done = campaign(
         LIMIT="1500",
         TORCH="no",
+        TESTS="tests/layers/test_projection.py",
         BATCH="8",
         XLA_FLAGS="--xla_backend_optimization_level=0",
         EXTRA="--config.width=0.125 --config.batch_size=16 --seconds=0.1 --rounds=2",

@@ -128,6 +128,12 @@ def test_no_run_starts_that_cannot_end():
         assert left >= 0
 
 
+def test_what_the_compilers_cache_had_is_not_thought_to_be_quick():
+    assert Cost(3.0, 2.0).no_cheaper_than(Cost(25.0, 9.0)) == Cost(25.0, 2.0)
+    assert Cost(30.0, 2.0).no_cheaper_than(Cost(25.0, 9.0)) == Cost(30.0, 2.0)
+    assert Cost(3.0, 2.0).no_cheaper_than(None) == Cost(3.0, 2.0)
+
+
 @pytest.mark.parametrize("wrong", [{"share": 0.0}, {"least": 0}, {"most": 0}])
 def test_a_wrong_plan_is_an_error(wrong):
     with pytest.raises(ValueError, match="least="):

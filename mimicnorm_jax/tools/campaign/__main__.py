@@ -30,7 +30,7 @@ from mimicnorm_jax.errors import RunError, UserError
 from mimicnorm_jax.parallel import make_mesh
 from mimicnorm_jax.tools.campaign import runs
 from mimicnorm_jax.tools.campaign.agreement import TOLERANCE, differences
-from mimicnorm_jax.tools.campaign.budget import choose_epochs, fits
+from mimicnorm_jax.tools.campaign.budget import Cost, choose_epochs, fits
 from mimicnorm_jax.train.program import Images
 from mimicnorm_jax.train.resident import ResidentExperiment, ResidentSplit, with_resident
 from mimicnorm_jax.train.setup import (
@@ -94,6 +94,7 @@ class Campaign:
         silence_false_alarms(self._mesh)
         self._open = functools.cache(self._opened)
         self._plan: list[dict[str, Any]] = []
+        self._costs: dict[tuple[str, str], Cost] = {}  # by network and method
 
     def run(self) -> None:
         """Runs what fits: each group with the first seed, then all of them with the others."""
@@ -159,6 +160,9 @@ class Campaign:
             tuple(int(count) for count in _PER_CALL.value),
             _TIMED.value,
         )
+        key = variant.network, variant.method
+        cost = self._costs[key] = measured.cost.no_cheaper_than(self._costs.get(key))
+        measured = dataclasses.replace(measured, cost=cost)
         print(
             f"{data_set} {variant.network} {variant.method}: {measured.images_per_second:.0f} "
             f"images/s with {measured.steps_per_call} step(s) a call; "

@@ -26,6 +26,19 @@ class Cost:
         """Seconds of a run of so many epochs, with the reserve."""
         return (self.fixed_s + epochs * self.epoch_s) * (1 + RESERVE)
 
+    def no_cheaper_than(self, known: Cost | None) -> Cost:
+        """This cost, with the greater of both fixed parts.
+
+        What was quick because the compiler's cache had it is not so with another seed, which
+        is another program.
+
+        Args:
+          known: of the same network and method, measured before, if it was.
+        """
+        if known is None:
+            return self
+        return dataclasses.replace(self, fixed_s=max(self.fixed_s, known.fixed_s))
+
 
 def fits(seconds: float, cost: Cost, epochs: int) -> bool:
     """Whether a run of so many epochs ends within so many seconds."""
