@@ -1,61 +1,25 @@
 #!/usr/bin/env bash
 # Times the training step on one NVIDIA GPU, next to the same step in PyTorch, and measures its
 # memory: ResNet-50 on ImageNet, ResNet-18 and VGG16 on CIFAR-100. Needs no network and no data,
-# and takes less than 9 minutes. Numbers go to OUT (default results/gpu), one JSON file a part; a
-# part that fails or takes too long does not stop the others, but makes the exit code 1.
+# and takes at most LIMIT seconds (default 530). Numbers go to OUT (default results/gpu), one JSON
+# file a part; a part that fails or takes too long does not stop the others, but makes the exit
+# code 1.
 #   OUT=DIR bash launch/gpu_benchmark.sh
 # PYTHON (default python) has jax[cuda], flax, optax, orbax, torch and what else is imported; what
-# it lacks may come as wheels in the folder WHEELS. To try it without a GPU:
+# it lacks may come as wheels in the folder WHEELS. TORCH=no leaves PyTorch's rows out. To try it
+# without a GPU:
 #   TARGET=cpu BATCH=8 EXTRA='--config.width=0.125 --seconds=0.2 --rounds=2' \
 #     bash launch/gpu_benchmark.sh
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-limit=530 # seconds in all: SECONDS counts them from here
-python=${PYTHON:-python} target=${TARGET:-gpu} batch=${BATCH:-256} out=${OUT:-results/gpu}
-read -ra extra <<<"${EXTRA:-}"
-if [ "$target" = gpu ] && ! nvidia-smi >/dev/null 2>&1; then
-  echo "error: no NVIDIA GPU is found here; TARGET=cpu tries the script without one" >&2
-  exit 1
-fi
-command -v "$python" >/dev/null || { echo "error: PYTHON=$python is not found" >&2; exit 1; }
+limit=${LIMIT:-530} # seconds in all: SECONDS counts them from here
+source "$(dirname "${BASH_SOURCE[0]}")/gpu_machine.sh"
+batch=${BATCH:-256} out=${OUT:-results/gpu}
 mkdir -p "$out"
-
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-export PYTHONPATH="$scratch/packages:$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-3}
-export XLA_PYTHON_CLIENT_PREALLOCATE=false # else nothing of the card is left for PyTorch
-# in which the parts find each other's programs, and no program of an earlier day
-export JAX_COMPILATION_CACHE_DIR="$scratch/programs" XDG_CACHE_HOME="$scratch/cache"
-if [ "$target" = cpu ]; then
-  export JAX_PLATFORMS=cpu
-else
-  export JAX_PLATFORMS=cuda,cpu # and no silent change to the CPU
-fi
-if [ "${WHEELS:-}" ]; then
-  "$python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps \
-    --target "$scratch/packages" "$WHEELS"/*.whl
-fi
-
-# part NAME SECONDS COMMAND...: runs it within its time and says how it went
-part() {
-  local name=$1 seconds=$2 began=$SECONDS status=0
-  shift 2
-  # timeout leaves the group that Ctrl-C reaches; set here, it also holds in the background
-  trap 'kill $(jobs -p) 2>/dev/null || true; exit 130' INT TERM
-  timeout --kill-after=5 "$((seconds > 0 ? seconds : 1))" "$@" <&0 &
-  wait "$!" || status=$?
-  case $status in
-    0) echo "$name: done in $((SECONDS - began)) s" ;;
-    124 | 137) echo "$name: FAILED: not done in $seconds s" ;;
-    *) echo "$name: FAILED with exit code $status" ;;
-  esac
-  return "$status"
-}
 
 common=("--config.precision=bfloat16" "--config.num_devices=1" "--batch=$batch")
 ours=batchnorm,mimicnorm,nonorm
-in_torch=torch:batchnorm,torch:nonorm
+in_torch=,torch:batchnorm,torch:nonorm
+if [ "${TORCH:-yes}" = no ]; then in_torch=; fi
 int8=mimicnorm:activation_storage=int8
 code=0
 
@@ -102,10 +66,11 @@ except ImportError:
 PY
 
 # The small networks first: what they leave of their time is ResNet-50's, whose steps take the
-# longest to compile. 110 s are kept for memory, whose programs are then compiled already.
-step cifar100_resnet18 70 "$ours,$in_torch" || code=1
-step cifar100_vgg16 70 "$ours,$in_torch" || code=1
-step imagenet_resnet50 "$((limit - SECONDS - 110))" "$ours,$int8,$in_torch" || code=1
+# longest to compile. A fifth is kept for memory, whose programs are then compiled already.
+small=$((limit * 13 / 100)) memory=$((limit * 21 / 100))
+step cifar100_resnet18 "$small" "$ours$in_torch" || code=1
+step cifar100_vgg16 "$small" "$ours$in_torch" || code=1
+step imagenet_resnet50 "$((limit - SECONDS - memory))" "$ours,$int8$in_torch" || code=1
 # peaks, not times: so these can go on side by side
 left=$((limit - SECONDS - 5)) parts=()
 memory cifar100_resnet18 "$left" "$ours" >"$scratch/resnet18" 2>&1 & parts+=($!)

@@ -102,3 +102,19 @@ def data_config(root, name, **values):
     config.data.update({"name": "tfds", "tfds_name": name, "dir": str(root)} | values)
     validate(config)
     return config.data
+
+
+def write_folders(archive, prefix="", *, classes=3, train=16, test=4):
+    """A ``.tar.xz`` of noise as JPEG files of 32 pixels in ``prefix{train,test}/<class>/``."""
+    generator = np.random.default_rng(0)
+    with tarfile.open(archive, "w:xz") as tar:
+        for split, count in (("train", train), ("test", test)):
+            for label in range(classes):
+                for number in range(count):
+                    file = io.BytesIO()
+                    pixels = generator.integers(0, 256, (32, 32, 3), np.uint8)
+                    Image.fromarray(pixels).save(file, "jpeg")
+                    info = tarfile.TarInfo(f"{prefix}{split}/class{label}/{number:04}.jpg")
+                    info.size = file.tell()
+                    file.seek(0)
+                    tar.addfile(info, file)

@@ -1,5 +1,6 @@
 """The scripts that start runs on other machines, as far as this one can tell."""
 
+import json
 import os
 import pathlib
 import re
@@ -8,11 +9,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
 import yaml
 
+from tests.archives import write_folders
 from tests.runs import ROOT, TINY, logged_step, summary
 
 SCRIPTS = sorted(path for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch"))
@@ -144,6 +147,143 @@ def test_the_gpu_benchmark_says_that_there_is_no_gpu(tmp_path):
     assert done.stderr.startswith("error: no NVIDIA GPU is found") and not done.stdout
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def campaign(tmp_path):
+    """Runs ``launch/gpu_campaign.sh`` with the CPU and small archives; other variables as given."""
+    data = tmp_path / "data"
+    data.mkdir()
+    write_folders(data / "imagenet200_32.tar.xz", "imagenet200_32/")
+    write_folders(data / "cifar10_jpeg.tar.xz")
+    folders = {"DATA": str(data), "OUT": str(tmp_path / "out"), "TARGET": "cpu"}
+    command = ["bash", "launch/gpu_campaign.sh"]
+
+    def run(*arguments, start=subprocess.run, **variables):
+        env = os.environ | folders | {"PYTHON": sys.executable} | variables
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return start([*command, *arguments], cwd=ROOT, env=env, **pipes)
+
+    return run
+
+
+def numbers(tmp_path):
+    """Names and content of the campaign's numbers."""
+    with tarfile.open(tmp_path / "out" / "numbers.tar") as tar:
+        files = [member for member in tar if member.isfile()]
+        return {m.name.removeprefix("numbers/"): tar.extractfile(m).read() for m in files}
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    """In place of Python: each program writes a number, except for what FAILS or HANGS names."""
+    script = tmp_path / "python"
+    script.write_text(
+        """#!/bin/bash
+        all="$*"
+        if [[ $FAILS && $all == *$FAILS* ]]; then exit 3; fi
+        for word in "$@"; do
+          case $word in
+            --json=*) echo 1 >"${word#*=}" ;;
+            --numbers=*) echo 1 >"${word#*=}/number.json" ;;
+          esac
+        done
+        if [[ $HANGS && $all == *$HANGS* ]]; then echo hanging; exec sleep 60; fi
+        """
+    )
+    script.chmod(0o755)
+    return str(script)
+
+
+PARTS = {
+    "smoke/number.json": "agreement",
+    "benchmark/step_cifar100_resnet18.json": "cifar100_resnet18",
+    "training/number.json": "campaign train",
+}
+
+
+@pytest.mark.parametrize("fails", ["", *PARTS.values()])
+def test_a_part_of_the_campaign_that_fails_stops_no_other(fails, campaign, stand_in, tmp_path):
+    done = campaign(PYTHON=stand_in, FAILS=fails, HANGS="")
+    assert done.returncode == (1 if fails else 0), done.stdout + done.stderr
+    found = numbers(tmp_path)
+    assert [name for name in PARTS if name not in found] == [
+        k for k, v in PARTS.items() if v == fails
+    ]
+    log = (tmp_path / "out" / "campaign.log").read_text()
+    assert ("FAILED with exit code 3" in log) == bool(fails)
+    assert re.search(r"\d+ s in all", log)
+    assert sorted(os.listdir(tmp_path / "out")) == ["campaign.log", "numbers.tar"]
+
+
+def test_a_kill_leaves_the_numbers_of_the_parts_before(campaign, stand_in, tmp_path):
+    variables = {
+        "PYTHON": stand_in,
+        "FAILS": "",
+        "HANGS": "campaign train",
+        "TMPDIR": str(tmp_path),
+    }
+
+    def start(*arguments, **options):
+        return subprocess.Popen(*arguments, start_new_session=True, **options)
+
+    with campaign(start=start, **variables) as process:
+        deadline = time.monotonic() + 60
+        log = tmp_path / "out" / "campaign.log"
+        while not (log.exists() and "hanging" in log.read_text()):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        time.sleep(6)  # numbers are put away every 5 seconds
+        os.killpg(process.pid, signal.SIGKILL)
+    assert numbers(tmp_path).keys() >= PARTS.keys()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"PARTS": "smoke nope"}, "PARTS names nope; allowed: smoke, benchmark, training"),
+        ({"LIMIT": "soon"}, "LIMIT=soon is not a number of seconds"),
+        ({"DATA": "nowhere"}, "DATA=nowhere has no imagenet200_32.tar.xz"),
+        ({"WHEELS": "nowhere"}, "WHEELS=nowhere has no wheels"),
+        ({"OUT": ""}, "OUT is not set"),
+    ],
+)
+def test_what_the_campaign_cannot_do_is_one_line(variables, message, campaign, tmp_path):
+    done = campaign(**variables)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_too_large_to_travel_is_refused(campaign, tmp_path):
+    with (tmp_path / "data" / "imagenet200_32.tar.xz").open("r+b") as file:
+        file.truncate(60 * 2**20)  # sparse
+    done = campaign()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert re.match(r"error: too large to travel: tree \d+, data \d+, wheels 0 bytes", done.stderr)
+
+
+@pytest.mark.long
+def test_the_whole_campaign_on_a_cpu(campaign, tmp_path):
+    """As on a GPU, but for PyTorch and the size of everything."""
+    done = campaign(
+        LIMIT="1500",
+        TORCH="no",
+        TESTS="tests/layers/test_projection.py",
+        BATCH="8",
+        XLA_FLAGS="--xla_backend_optimization_level=0",
+        EXTRA="--config.width=0.125 --config.batch_size=16 --seconds=0.1 --rounds=2",
+        TRAINING="--least=1 --most=2 --timed=0.2 --seeds=2 --share=0.3",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = numbers(tmp_path)
+    trained = [
+        json.loads(text) for name, text in found.items() if name.endswith(("-s0.json", "-s1.json"))
+    ]
+    assert len(trained) == 18
+    assert all(record["finished"] and record["curve"] for record in trained)
+    assert json.loads(found["smoke/agreement.json"])["device"] == "cpu"
+    assert b'failures="0"' in found["smoke/tests.xml"]
 
 
 @pytest.fixture

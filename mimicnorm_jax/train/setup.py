@@ -186,11 +186,33 @@ def set_up(config: ConfigDict) -> Experiment:
     mesh = make_mesh(config.num_devices)
     silence_false_alarms(mesh)
     train, test = open_splits(config.data)
-    program = make_program(config, images_of(config, train), mesh)
+    return experiment_of(config, images_of(config, train), mesh, train, test)
+
+
+def experiment_of(
+    config: ConfigDict, images: Images, mesh: Mesh, train: Source, test: Source
+) -> Experiment:
+    """Builds a run on splits that are open already.
+
+    Args:
+      config: the configuration, which has been validated.
+      images: from ``images_of``, of the training split.
+      mesh: the devices.
+      train, test: the splits.
+
+    Raises:
+      UserError: images, devices and configuration do not fit each other.
+    """
+    program = make_program(config, images, mesh)
     train_data, test_data = pipelines(config, train, test)
     return Experiment(
-        **{field.name: getattr(program, field.name) for field in dataclasses.fields(program)},
+        **fields_of(program),
         train_data=train_data,
         test_data=test_data,
         total_steps=min(program.epoch_steps, config.max_steps or program.epoch_steps),
     )
+
+
+def fields_of(program: Program) -> dict[str, Any]:
+    """The fields of a program by name, of which a larger one is made."""
+    return {field.name: getattr(program, field.name) for field in dataclasses.fields(program)}
