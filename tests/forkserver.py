@@ -121,6 +121,9 @@ class Forked:
         if self.poll() is None:
             os.kill(self.pid, number)
 
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
 
 class _Server:
     def __init__(self, modules: tuple[str, ...]):

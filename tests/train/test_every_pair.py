@@ -112,7 +112,7 @@ def assert_learned(losses):
     assert losses[-5:].mean() < 0.9 * losses[0], losses
 
 
-def test_the_table_counts_the_layers_that_are_centred_at_full_width():
+def test_every_network_is_made_by_name_and_centres_the_layers_of_the_table():
     assert CENTRED.keys() == NETWORKS.keys()
     for network, count in CENTRED.items():
         model = nnx.eval_shape(
@@ -121,6 +121,7 @@ def test_the_table_counts_the_layers_that_are_centred_at_full_width():
             )
         )
         assert count_centred(model) == count, network
+        assert model.classifier.kernel.shape[-1] == 10
 
 
 @pytest.mark.parametrize(("network", "method"), pairs())

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from mimicnorm_jax.errors import NonFiniteError
 from mimicnorm_jax.parallel import shard_batch
 from mimicnorm_jax.tools import verify as verify_tool
 from mimicnorm_jax.tools.verify import verify
@@ -82,7 +83,7 @@ def test_a_replay_makes_the_same_calls(tiny_config, tmp_path, calls):
 
 def test_a_step_that_is_not_finite_is_named(tiny_config, tmp_path, calls):
     config = tiny_config(**OPTIONS, learning_rate=1e30, schedule__warmup_epochs=0.0)
-    with pytest.raises(loop.NonFiniteError, match=r"at step [23] "):
+    with pytest.raises(NonFiniteError, match=r"at step [23] "):
         train(config, tmp_path / "run")
 
 
