@@ -28,14 +28,14 @@ def test_recalibration_gives_the_last_bn_the_moments_of_all_training_logits(
     exact = recalibrate(experiment, state)
 
     images = experiment.train_data.source.images / 255.0
-    logits = experiment.network.apply_measure(
+    logits = jax.jit(experiment.network.apply_measure)(
         *jax.device_get((state.evaluated_params, state.batch_stats)),
         jnp.asarray((images - images.mean()) / images.std()),
     )
     np.testing.assert_allclose(exact.batch_stats["head"]["mean"], logits.mean(0), rtol=1e-9)
     np.testing.assert_allclose(exact.batch_stats["head"]["var"], logits.var(0, ddof=1), rtol=1e-9)
     # in evaluation the training logits are then normalized
-    normalized = experiment.network.apply_eval(
+    normalized = jax.jit(experiment.network.apply_eval)(
         *jax.device_get((exact.evaluated_params, exact.batch_stats)),
         jnp.asarray((images - images.mean()) / images.std()),
     )

@@ -127,7 +127,7 @@ def test_evaluation_counts_every_example_once_on_any_number_of_devices(devices, 
     assert 360 % 32
     result = evaluate(experiment, state)
     assert result["test_examples"] == 360
-    logits = experiment.network.apply_eval(
+    logits = jax.jit(experiment.network.apply_eval)(
         *jax.device_get((state.params, state.batch_stats)), normalized(experiment)
     )
     accuracy = np.mean(np.argmax(np.asarray(logits), -1) == experiment.test_data.source.labels)
@@ -136,7 +136,7 @@ def test_evaluation_counts_every_example_once_on_any_number_of_devices(devices, 
 
 def test_the_evaluation_loss_is_the_mean_over_the_examples_not_the_padding(tiny_config):
     _, state, experiment, _ = train(tiny_config(batch_size=32), 1)
-    logits = experiment.network.apply_eval(
+    logits = jax.jit(experiment.network.apply_eval)(
         *jax.device_get((state.params, state.batch_stats)), normalized(experiment)
     )
     losses = optax.softmax_cross_entropy_with_integer_labels(
