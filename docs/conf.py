@@ -24,8 +24,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "gener
 
 root_doc = "docs/index"
 include_patterns = [
-    *("docs/**.md", "results/README.md", "results/memory/*.md", "findings/README.md"),
-    *("CONTRIBUTING.md", "CHANGELOG.md"),
+    *("docs/**.md", "results/README.md", "results/memory/*.md", "results/gpu/*.md"),
+    *("findings/README.md", "CONTRIBUTING.md", "CHANGELOG.md"),
 ]
 exclude_patterns = [".*", "runs", "site", "build", "dist"]
 

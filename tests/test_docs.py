@@ -52,7 +52,8 @@ EXPECTED = {
     "docs/own_network.md": lambda names: (
         names["loss"].shape == (8,)
         and names["optimizer"].tx is names["transform"]
-        and names["end"].scale[...] == np.float32(3**-0.5)
+        and names["predicted"].shape == (8,)
+        and names["blocks"][2].last.scale[...] == np.float32(3**-0.5)
     ),
     "docs/probe.md": lambda names: names["layer"].name == "classifier",
     "docs/theory.md": lambda names: names["found"].ntk.mean.shape == (8, 8),

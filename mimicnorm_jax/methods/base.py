@@ -159,7 +159,7 @@ class Method:
         )
 
     def use_bias(self, site: Site) -> bool:
-        """Whether the layer at ``site`` has a bias: yes where no norm follows."""
+        """Whether the layer at ``site`` has a bias; a method with norms says where not."""
         return True
 
     def norm(self, features: int, *, site: Site, rngs: nnx.Rngs) -> Function:
