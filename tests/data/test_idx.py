@@ -57,6 +57,7 @@ def test_what_is_wrong_with_a_file_is_said(mnist):
     for content, message in (
         (gzip.compress(good)[:-10], "labels.*is damaged"),
         (gzip.compress(good[:-1]), "its header says 30 bytes, 29 follow"),
+        (gzip.compress(good + b"\0"), "its header says 30 bytes, 31 follow"),
         (b"not gzip", "labels.*is damaged"),
         (gzip.compress(idx_bytes(np.zeros(30), kind=13)), "not an IDX file of bytes"),
         (gzip.compress(b"\0\0\x08\x03\0"), "not an IDX file of bytes"),

@@ -183,7 +183,8 @@ def test_a_bias_is_where_no_norm_follows():
         model = make("resnet20", name)
         assert (model.blocks[0].branch[0].conv.bias is not None) == expected
     assert make("resnet20", "mimicnorm").classifier.bias is None  # the last BN follows
-    assert make("resnet20", "batchnorm").classifier.bias is not None
+    for without_last_bn in ("batchnorm", "weightmean"):
+        assert make("resnet20", without_last_bn).classifier.bias is not None
     assert (
         make("vgg11", create_method("batchnorm", conv_bias=True)).stages[0][0].conv.bias is not None
     )

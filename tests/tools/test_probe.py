@@ -2,11 +2,13 @@ import json
 import os
 import re
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.tools.probe.rows import Row, probe, table
+from mimicnorm_jax.theory.probe import Layer, Measured
+from mimicnorm_jax.tools.probe.rows import Row, average, probe, table
 from mimicnorm_jax.train.loop import train
 
 TINY = (
@@ -42,6 +44,17 @@ def test_methods_are_put_side_by_side_in_table_picture_and_file(run_probe, tmp_p
     assert f"{row['second_moment']:.3f}" in lines[2]
     with Image.open(tmp_path / "probe.png") as picture:
         assert picture.size[0] > 1000
+
+
+def test_a_row_is_the_mean_over_initializations():
+    first = Measured(1.0, 2.0, 3.0, 0.4, 0.5, np.zeros((1, 5)))
+    second = Measured(3.0, 4.0, 5.0, 0.6, 0.7, np.ones((1, 5)))
+    layers = (Layer("stem", first, 9.0, 10.0, 0.1), Layer("stem", second, None, 20.0, 0.3))
+    row = average(layers)
+    assert (row.mean, row.variance, row.second_moment) == (2.0, 3.0, 4.0)
+    assert (row.dead, row.correlation) == (pytest.approx(0.5), pytest.approx(0.6))
+    assert (row.predicted_second_moment, row.predicted_correlation) == (15.0, pytest.approx(0.2))
+    assert row.gradient_norm == 9.0 and row.quantiles == [[0.0] * 5]
 
 
 def test_a_trained_state_is_probed(tiny_config, tmp_path):

@@ -77,6 +77,20 @@ def test_no_damage_to_any_file_of_a_checkpoint_goes_unseen(harm, two_checkpoints
         assert any(name.startswith(needed) for name in set_aside), (needed, set_aside, files)
 
 
+def test_readable_bits_that_are_not_those_that_were_saved_are_damage(two_checkpoints, tmp_path):
+    """No decoder complains of them; the digest does."""
+    target = set_up(saved_config(two_checkpoints)).abstract_state
+    shutil.copytree(two_checkpoints / "checkpoints", tmp_path / "checkpoints")
+    (path,) = (tmp_path / "checkpoints" / "16" / "progress").rglob("metadata")
+    saved = digest(read(tmp_path / "checkpoints", 16, target).state)
+    text = path.read_text()
+    assert text.count(saved) == 1
+    path.write_text(text.replace(saved, saved[::-1]))
+    restored = Checkpoints(tmp_path / "checkpoints").restore_latest(target)
+    assert int(restored.state.step) == 8
+    assert (tmp_path / "damaged" / "16").is_dir()
+
+
 def test_a_run_goes_on_past_damaged_checkpoints(two_checkpoints, tmp_path, tiny):
     """Also where an older checkpoint is damaged, which nobody reads."""
     expected = summary(two_checkpoints)

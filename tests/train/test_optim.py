@@ -144,11 +144,12 @@ def test_clipping_comes_before_decay_and_decay_is_masked(float64):
 def test_scalars_may_have_a_rate_of_their_own():
     config = default_config()
     config.schedule.name, config.schedule.warmup_epochs = "constant", 0.0
-    params = {"kernel": jnp.ones((2, 2)), "scale": jnp.ones(())}
-    mask = {"kernel": False, "scale": False}
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "scale": jnp.ones(())}
+    mask = dict.fromkeys(params, False)
     optimizer = make_optimizer(config, schedule_of(config), params, mask, scalar_rate=0.1)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
-    np.testing.assert_allclose(updates["kernel"], -0.1 * (1 + 5e-4), rtol=1e-5)
+    for name in ("kernel", "bias"):
+        np.testing.assert_allclose(updates[name], -0.1 * (1 + 5e-4), rtol=1e-5)
     np.testing.assert_allclose(updates["scale"], -0.01 * (1 + 5e-4), rtol=1e-5)
 
 

@@ -197,7 +197,7 @@ def test_dropout_does_not_depend_on_the_number_of_devices(tiny_config, float64):
 
 
 def test_the_average_of_the_parameters_follows_them_and_is_what_is_evaluated(tiny_config):
-    config = tiny_config(optimizer__ema_decay=0.5)
+    config = tiny_config(optimizer__ema_decay=0.8)
     experiment = set_up(config)
     state = experiment.initial_state()
     expected = jax.device_get(state.params)
@@ -205,7 +205,7 @@ def test_the_average_of_the_parameters_follows_them_and_is_what_is_evaluated(tin
         batch = shard_batch(experiment.train_data.batch(step), experiment.mesh)
         state, _ = experiment.train_step(state, batch)
         expected = jax.tree.map(
-            lambda e, p: 0.5 * e + 0.5 * p, expected, jax.device_get(state.params)
+            lambda e, p: 0.8 * e + 0.2 * p, expected, jax.device_get(state.params)
         )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
