@@ -159,7 +159,7 @@ def plot_curves(workdir: pathlib.Path, title: str) -> pathlib.Path:
         axes.set(xlabel="epoch", ylabel=label)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[1]:
-            axes.legend()
+            axes.legend(loc="upper right" if label == "loss" else "lower right")
     path = workdir / "curves.png"
     figure.savefig(path, dpi=120)
     return path

@@ -60,7 +60,8 @@ def test_a_run_is_the_same_with_several_steps_a_call(tiny_config, tmp_path, floa
     assert [row["step"] for row in rows] == [row["step"] for row in expected]
     for row, other in zip(rows, expected, strict=True):
         for name in row.keys() - {"images_per_second", "input_wait_fraction"}:
-            assert row[name] == pytest.approx(other[name], rel=1e-9), (name, row["step"])
+            rel = 1e-6 if name == "learning_rate" else 1e-9  # optax computes it in float32
+            assert row[name] == pytest.approx(other[name], rel=rel), (name, row["step"])
     assert several["final_test_loss"] == pytest.approx(single["final_test_loss"], rel=1e-9)
 
 

@@ -76,5 +76,7 @@ def plot(rows: dict[str, list[Row]], path: pathlib.Path, title: str) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     curves[0].set_yscale("log")
     curves[2].set_yscale("log")
-    curves[0].legend(title="dots: measured, lines: theory", fontsize=8, title_fontsize=8)
+    curves[0].legend(
+        loc="lower left", title="dots: measured, lines: theory", fontsize=8, title_fontsize=8
+    )
     figure.savefig(path, dpi=110)
