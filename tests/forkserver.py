@@ -43,6 +43,7 @@ def _serve(control: socket.socket, modules: list[str]) -> dict:
         __import__(name)
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+    interrupt = signal.getsignal(signal.SIGINT)  # ignored where a shell started the tests with &
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is for the children
     wake, wakes = socket.socketpair()
     wake.setblocking(False)
@@ -65,7 +66,7 @@ def _serve(control: socket.socket, modules: list[str]) -> dict:
                 pid = os.fork()
             if not pid:
                 signal.set_wakeup_fd(-1)
-                signal.signal(signal.SIGINT, signal.default_int_handler)
+                signal.signal(signal.SIGINT, interrupt)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 for end in (wake, wakes, control, requests):
                     end.close()
