@@ -16,7 +16,7 @@ SECONDS=0
 limit=${LIMIT:-480} most=$((60 * 2**20))
 archives=(imagenet200_32.tar.xz cifar10_jpeg.tar.xz)
 # imported by what runs here, and in no image with JAX, Flax, PyTorch and scikit-learn seen so far
-packages=(clu ml_collections tensorboardX grain)
+packages=(clu ml_collections tensorboardX grain simplejpeg)
 folder="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 refuse() {
@@ -49,7 +49,7 @@ elif [ $# -gt 0 ]; then
 fi
 
 # bytes of the files named on standard input, each followed by a zero byte
-bytes() { { xargs -0 -r stat -L -c %s -- || true; } | awk '{ sum += $1 } END { print sum + 0 }'; }
+bytes() { { xargs -0 -r stat -L -c %s -- 2>/dev/null || true; } | awk '{ sum += $1 } END { print sum + 0 }'; }
 tree=$(cd "$folder" && { git ls-files -z 2>/dev/null ||
   find . -type f -not -path './.*' -print0; } | bytes)
 data=0 wheels=0
@@ -120,7 +120,9 @@ sys.exit(0 if math.isfinite(loss) else f"error: final_test_loss is {loss}")' \
     --config.batch_size=64 --numbers="$numbers/smoke" ${fields[@]+"${fields[@]}"} || code=1
   # On the CPU (tests/conftest.py): they are about the software, the step above about the GPU.
   read -ra tests <<<"${TESTS:-tests/layers tests/train/test_step.py}"
-  part tests "$((2 * each))" "$python" -m pytest -q -p no:cacheprovider -n "$(nproc)" \
+  # Without the plugins that the machine has beside ours, whose warnings would be errors.
+  part tests "$((2 * each))" env PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 \
+    "$python" -m pytest -q -p xdist -p no:cacheprovider -n "$(nproc)" \
     --junitxml="$numbers/smoke/tests.xml" "${tests[@]}" || code=1
 fi
 for process in ${unpacking[@]+"${unpacking[@]}"}; do # before anything is timed

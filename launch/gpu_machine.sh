@@ -30,6 +30,12 @@ if [ "${WHEELS:-}" ]; then
     --target "$scratch/packages" "$WHEELS"/*.whl
 fi
 
+if ! missing=$("$python" -c 'import pytest
+import mimicnorm_jax.tools.campaign.runs, mimicnorm_jax.tools.memory.compiled' 2>&1); then
+  echo "error: PYTHON=$python cannot run this: ${missing##*$'\n'}" >&2
+  exit 1
+fi
+
 # part NAME SECONDS COMMAND...: runs it within its time and says how it went
 part() {
   local name=$1 seconds=$2 began=$SECONDS status=0

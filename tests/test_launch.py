@@ -282,6 +282,10 @@ def test_the_whole_campaign_on_a_cpu(campaign, tmp_path):
     ]
     assert len(trained) == 18
     assert all(record["finished"] and record["curve"] for record in trained)
+    for record in trained:  # the recipe's schedule, as long as the run
+        scale = record["epochs"] / 150
+        milestones = [scale * epoch for epoch in (80, 110, 135)]
+        assert record["config"]["schedule.milestones"] == pytest.approx(milestones)
     assert json.loads(found["smoke/agreement.json"])["device"] == "cpu"
     assert b'failures="0"' in found["smoke/tests.xml"]
 

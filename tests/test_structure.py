@@ -121,3 +121,14 @@ def test_every_program_is_among_them():
         if '__name__ == "__main__"' in path.read_text()
     }
     assert mains - {"mimicnorm_jax.config"} == set(PROGRAMS)
+
+
+def test_configurations_are_copied_with_their_groups():
+    """``ConfigDict(config)`` would share them, so that a change of the copy changes both."""
+    shared = [
+        f"{module_name(path)}:{node.lineno}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "ConfigDict" and node.args
+    ]
+    assert not shared

@@ -5,6 +5,7 @@ python -m mimicnorm_jax.tools.gradient_error --config configs/digits_resnet20.py
 
 from __future__ import annotations
 
+import copy
 import json
 import pathlib
 from typing import Any
@@ -58,7 +59,7 @@ def gradient_errors(
     state = None if checkpoint is None else restore(config, checkpoint)
     gradients = {}
     for storage in STORAGES:
-        changed = ConfigDict(config)
+        changed = copy.deepcopy(config)
         changed.activation_storage = storage
         method = method_of(changed)
 

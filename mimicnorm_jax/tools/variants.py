@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -62,7 +63,7 @@ def options_of(method: str) -> set[str]:
 
 def with_method(config: ConfigDict, method: str) -> ConfigDict:
     """The configuration with another method, without the options that it does not have."""
-    config = ConfigDict(config)
+    config = copy.deepcopy(config)
     for option in config.method_options:
         if option not in options_of(method):
             config.method_options[option] = None

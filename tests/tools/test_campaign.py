@@ -95,7 +95,9 @@ def test_a_shorter_run_keeps_the_shape_of_its_schedule(tiny_config):
     assert config.epochs == 15.0 and config.steps_per_call == 8
     assert config.schedule.warmup_epochs == pytest.approx(0.2)
     assert config.schedule.milestones == pytest.approx((8.0, 11.0, 13.5))
-    assert recipe.epochs == 150.0
+    # the recipe, which the next run starts from, stays what it was
+    assert recipe.epochs == 150.0 and recipe.schedule.warmup_epochs == 2.0
+    assert recipe.schedule.milestones == (80.0, 110.0, 135.0)
 
 
 COSTS = [Cost(10.0, 2.0), Cost(5.0, 1.0)]

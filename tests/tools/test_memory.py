@@ -220,10 +220,39 @@ def test_micro_batches_cost_a_pass_forward_and_codes_nothing(network, width):
     config.update(network=network, width=width, batch_size=64)
     labels = ("", ":micro_batches=4", ":activation_storage=int8", ":activation_storage=int4")
     variants = parse_variants(config, [f"mimicnorm{label}" for label in labels])
-    whole, in_parts, int8, int4 = (compiled.unrolled_flops(variant) for variant in variants)
+    whole, in_parts, int8, int4 = (compiled.unoptimized_flops(variant) for variant in variants)
     assert whole == pytest.approx(3 * (in_parts - whole), rel=0.01)
     assert int8 == pytest.approx(whole, rel=0.02)
     assert int4 == pytest.approx(whole, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("platform", "parts", "counted"),
+    [("cpu", 1, True), ("cpu", 4, True), ("tpu", 1, True), ("tpu", 4, False), ("gpu", 1, False)],
+)
+def test_work_that_the_compiler_does_not_see_is_counted_before_it(platform, parts, counted):
+    config = cifar100()
+    config.micro_batches = parts
+    assert compiled.is_counted(config, platform) == counted
+
+
+def test_uncounted_work_is_that_of_the_program(monkeypatch):
+    (seen,) = rows_of("mlp", ["mimicnorm"], batch=8).values()
+    monkeypatch.setattr(compiled, "is_counted", lambda *_: False)
+    (unseen,) = rows_of("mlp", ["mimicnorm"], batch=8).values()
+    assert unseen.flops == pytest.approx(seen.flops, rel=0.1)
+    assert unseen.bytes_accessed is None and unseen.roofline_s is None
+
+
+def test_a_variant_leaves_the_others_as_they_were():
+    config = cifar100()
+    config.method_options.min_fan_in = 20
+    labels = ["mimicnorm:optimizer.momentum=0.5", "batchnorm", "mimicnorm"]
+    changed, other, same = (variant.config for variant in parse_variants(config, labels))
+    assert changed.optimizer.momentum == 0.5
+    assert other.method_options.min_fan_in is None and other.optimizer.momentum == 0.9
+    assert same.to_json() == config.to_json()
+    assert same.method_options.min_fan_in == 20
 
 
 def test_a_program_is_known_by_what_its_own_platform_computes():

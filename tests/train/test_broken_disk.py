@@ -102,9 +102,11 @@ def test_a_workdir_that_cannot_be_written_to_is_refused_at_once(tmp_path, tiny):
 def test_a_workdir_that_vanishes_ends_the_run(how, tmp_path, tiny):
     with Run(tmp_path / "out", *tiny, EVERY_STEP, LONG) as run:
         run.wait_until(lambda: logged_step(tmp_path / "run") >= 5)
+        run[0].send_signal(signal.SIGSTOP)  # which would write into a half-made copy
         (tmp_path / "run").rename(tmp_path / "elsewhere")
         if how == "replaced":  # as by a file system that was mounted again from a copy
             shutil.copytree(tmp_path / "elsewhere", tmp_path / "run")
+        run[0].send_signal(signal.SIGCONT)
         assert run.wait(30) == [1]
         error = run.errors().splitlines()[-1]
     assert error.startswith("error: ") and "has vanished" in error

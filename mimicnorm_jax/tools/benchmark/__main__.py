@@ -111,12 +111,11 @@ def _step() -> None:
     device = mesh.devices.flat[0].device_kind
     title = f"{config.network}, {config.data.image_size} pixels, {mesh.size} x {device}"
     print(f"{title}\ncompiling {len(variants)} training steps …", flush=True)
-    timed = [
-        (torch_step.prepare_variant if _in_torch(label) else prepare)(
-            variant, mesh, NUM_CLASSES.value
-        )
-        for label, variant in zip(labels, variants, strict=True)
-    ]
+    timed = []
+    for label, variant in zip(labels, variants, strict=True):
+        make = torch_step.prepare_variant if _in_torch(label) else prepare
+        timed.append(make(variant, mesh, NUM_CLASSES.value))
+        print(f"{label}: compiled in {timed[-1].compile_s:.1f} s", flush=True)
     speeds = compare(
         labels,
         timed,

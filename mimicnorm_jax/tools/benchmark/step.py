@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from mimicnorm_jax.tools.memory.allocator import random_batch
 from mimicnorm_jax.tools.memory.chips import chip_of
-from mimicnorm_jax.tools.memory.compiled import is_loop, program_of, unrolled_flops
+from mimicnorm_jax.tools.memory.compiled import is_counted, program_of, unoptimized_flops
 from mimicnorm_jax.tools.variants import Variant
 
 Step = Callable[[], Any]
@@ -78,9 +78,10 @@ def prepare(variant: Variant, mesh: Mesh, num_classes: int | None = None) -> Tim
     began = time.perf_counter()
     step = program.train_step.lower(state, batch).compile()
     seconds = time.perf_counter() - began
-    flops = (step.cost_analysis() or {}).get("flops", 0.0)
-    if is_loop(program.config, mesh):
-        flops = unrolled_flops(variant, num_classes) / mesh.size
+    if is_counted(program.config, mesh.devices.flat[0].platform):
+        flops = (step.cost_analysis() or {}).get("flops", 0.0)
+    else:
+        flops = unoptimized_flops(variant, num_classes) / mesh.size
 
     def call() -> Any:
         nonlocal state

@@ -11,6 +11,7 @@ Numbers go to one JSON file a run, written anew after each epoch, and ``plan.jso
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import pathlib
@@ -136,7 +137,7 @@ class Campaign:
         print(", ".join(f"{k} {v}" for k, v in said.items()), flush=True)
 
     def _variant(self, data_set: str, network: str, method: str) -> ConfigDict:
-        config = ConfigDict(self._config)
+        config = copy.deepcopy(self._config)
         config.network, config.method = network, method
         config.data.dir = str(self._data / data_set)
         validate(config)
@@ -231,7 +232,7 @@ def _agreement() -> None:
     images = Images((size, size, 3), 10, 10 * config.batch_size, (0.5,) * 3, (0.25,) * 3)
     configure_jax(config)
     for network, method in AGREEMENTS:
-        variant = ConfigDict(config)
+        variant = copy.deepcopy(config)
         variant.network, variant.method = network, method
         found[f"{network} {method}"] = apart = differences(variant, images)
         print(f"{network} {method}: " + ", ".join(f"{k} {v:.1e}" for k, v in apart.items()))

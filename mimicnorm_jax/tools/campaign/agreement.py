@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ def differences(config: ConfigDict, images: Images) -> dict[str, float]:
       ``loss``, ``gradient_norm`` and ``update`` (what the step adds to the parameters): the
       norm of the difference over that of the CPU's.
     """
-    config = ConfigDict(config)
+    config = copy.deepcopy(config)
     config.precision = "float32"
     config.schedule.warmup_epochs = 0.0  # whose first rate is 0
     config.data.update(pad_crop=0, flip=False, rotation=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -36,7 +37,7 @@ def with_length(config: ConfigDict, epochs: int, steps_per_call: int) -> ConfigD
       steps_per_call: see ``config.steps_per_call``.
     """
     scale = epochs / config.epochs
-    config = ConfigDict(config)
+    config = copy.deepcopy(config)
     config.schedule.warmup_epochs *= scale
     config.schedule.milestones = tuple(scale * epoch for epoch in config.schedule.milestones)
     config.epochs, config.steps_per_call = float(epochs), steps_per_call

@@ -45,9 +45,9 @@ class Row:
       activation_bytes: what the peak holds beside the arguments: activations kept for the
         backward pass, gradients, and working space.
       temp_bytes: all that the compiler allots beside arguments and results.
-      flops: operations of a step; where micro-batches are a loop, those of all its rounds,
-        counted before optimization.
-      bytes_accessed: bytes read and written by a step; None in the case of such a loop.
+      flops: operations of a step; where the compiler does not count all of them (``is_counted``),
+        those of the program before optimization.
+      bytes_accessed: bytes read and written by a step; None where it does not count all of them.
       roofline_s: the least time of a step by the chip's data sheet; None where that is unknown.
       compile_s: seconds that compilation took, when it was done.
       program: SHA-256 of what was compiled, and by which versions.
@@ -139,9 +139,9 @@ def analyse(
         return Row(**{name: v for name, v in known[digest].items() if name in fields})
     measured = _remembered(lowered, digest, platform)
     flops, traffic = measured["flops"], measured["bytes_accessed"]
-    if is_loop(config, mesh):
+    if not is_counted(config, platform):
         traffic = None
-        flops = unrolled_flops(variant, num_classes) / mesh.size
+        flops = unoptimized_flops(variant, num_classes) / mesh.size
     chip = chip_of(mesh.devices.flat[0].device_kind)
     return Row(
         network=config.network,
@@ -165,12 +165,16 @@ def analyse(
     )
 
 
-def is_loop(config: Any, mesh: Mesh) -> bool:
-    """Whether the step is a loop over micro-batches, of which the compiler counts one round."""
-    return config.micro_batches > 1 and mesh.devices.flat[0].platform != "cpu"
+def is_counted(config: Any, platform: str) -> bool:
+    """Whether the compiler counts all operations and traffic of a step.
+
+    Of a loop over micro-batches it counts one round. A GPU's convolutions and matrix products are
+    calls of libraries, of which it counts nothing.
+    """
+    return platform == "cpu" or (platform != "gpu" and config.micro_batches == 1)
 
 
-def unrolled_flops(variant: Variant, num_classes: int | None = None) -> float:
+def unoptimized_flops(variant: Variant, num_classes: int | None = None) -> float:
     """Operations of a step without a loop, before optimization, of all devices."""
     program = program_of(variant, mesh_of("cpu", 1), num_classes)
     images = images_without_data(program.config, num_classes)
@@ -181,8 +185,9 @@ def unrolled_flops(variant: Variant, num_classes: int | None = None) -> float:
 
 
 def _digest(lowered: Any, target: str) -> str:
-    plugin = {"tpu": "libtpu", "gpu": "jax-cuda12-plugin"}.get(target[:3])
-    versions = [f"{name} {_version(name)}" for name in ("jaxlib", plugin) if name]
+    plugins = {"tpu": ("libtpu",), "gpu": ("jax-cuda12-plugin", "jax-cuda13-plugin")}
+    packages = ("jaxlib", *plugins.get(target[:3], ()))
+    versions = [f"{name} {_version(name)}" for name in packages]
     flags = [os.environ.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     said = "\n".join([target, *versions, *flags, _canonical(lowered)])
     return hashlib.sha256(said.encode()).hexdigest()
