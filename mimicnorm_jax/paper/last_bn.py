@@ -105,7 +105,7 @@ def _draw_figure10(numbers: Numbers) -> Figure:
         axes.set_title(f"{_NETWORKS[network]}{share}", fontsize=9)
         axes.set_xlabel(f"step of {numbers['batch']} images")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper right")
     figure.axes[0].set_ylabel("running variance of each output")
     return figure
 

@@ -101,10 +101,10 @@ def _draw_figure5(numbers: Numbers) -> Figure:
     left.set_ylabel("second moment after the addition")
     right.set_yscale("log", base=2)
     right.set_ylabel("part of it that the branch adds")
-    for axes in (left, right):
+    for axes, place in ((left, "upper left"), (right, "lower left")):
         axes.set_xlabel(f"residual block l ({numbers['features']} channels)")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc=place)
     return figure
 
 

@@ -150,7 +150,7 @@ def _draw_conditioning(numbers: Numbers) -> Figure:
     axes.set_xlabel("number of ReLUs")
     axes.set_ylabel(f"condition number, {numbers['images']} images")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left")
     return figure
 
 

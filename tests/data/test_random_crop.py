@@ -77,6 +77,15 @@ def test_places_are_uniform():
         assert cdf_distance(relative, lambda x: x) < 1.63 / math.sqrt(len(relative)) + 0.01
 
 
+def test_a_crop_reaches_every_edge():
+    for number, at_the_edge in ((0.0, lambda room: 0), (1 - 2**-53, lambda room: room)):
+        u = np.append(np.full(CROP.draws - 2, 0.3), [number] * 2)
+        crop = CROP.choose(HEIGHT, WIDTH, u)
+        assert crop.height < HEIGHT and crop.width < WIDTH
+        assert crop.top == at_the_edge(HEIGHT - crop.height)
+        assert crop.left == at_the_edge(WIDTH - crop.width)
+
+
 def test_an_image_too_long_for_any_crop_gives_its_centre():
     got = set(crops(RandomResizedCrop((0.5, 1.0)), 100, 1000, 50))
     (crop,) = got

@@ -128,6 +128,9 @@ def test_fixed_points(float64):
     assert low.stable and low.rho > 0.2 and not one.stable
     iterated = nngp(0.5, 500, "weight_mean", bias_variance=0.2)
     assert low.rho == pytest.approx(float(iterated), abs=1e-9)
+    for at, options in ((zero, {}), (low, {"bias_variance": 0.2})):  # the slope there, and not at 1
+        around = nngp(at.rho + np.array([-1e-5, 1e-5]), 1, "weight_mean", **options)
+        assert at.derivative == pytest.approx(float(np.diff(around)[0]) / 2e-5, abs=1e-8)
 
 
 @pytest.mark.parametrize("distance", [1e-3, 1e-5, 1e-7])

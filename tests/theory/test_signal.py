@@ -153,6 +153,12 @@ def test_a_sum_and_its_relu(gaussian, another):
     assert_agree(signal.relu(total), jax.nn.relu(jax.nn.relu(a) + b), rel=0.06, products=0.08)
 
 
+def test_a_sum_of_signals_with_means(gaussian, another):
+    (a, of_a), (b, of_b) = gaussian, another
+    total = signal.add(signal.shift(of_a, 0.8), signal.shift(of_b, 0.6))
+    assert_agree(total, a + b + 1.4)
+
+
 def test_a_shift(gaussian):
     y, s = gaussian
     assert_agree(signal.shift(s, 0.7), y + 0.7)

@@ -4,9 +4,10 @@ python -m tests.breakages
 python -m tests.breakages dropout-scale lock-token
 python -m tests.breakages --tree ../another-checkout
 
-It works on a copy of what git tracks in a tree, as it is in the working folder. A breakage of
-``breakages.toml`` names no file: it belongs to the one file of the package that holds its old text,
-once. So the same breakages serve trees in which modules stand elsewhere.
+It works on a copy of what git tracks in a tree, as it is in the working folder. The ``*.toml`` here
+have the breakages: a name, the text that is replaced, what replaces it, and the tests of which one
+has to fail. A breakage names no file: it belongs to the one file of the package that holds its old
+text, once. So the same breakages serve trees in which modules stand elsewhere.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import time
 import tomllib
 from typing import NamedTuple
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 MOST_SECONDS = 1200  # of one call of pytest
 
 
@@ -45,8 +46,12 @@ class Finished(NamedTuple):
 
 
 def read_breakages() -> dict[str, Breakage]:
-    table = tomllib.loads((ROOT / "tests" / "breakages.toml").read_text())
-    return {name: Breakage(name, **fields) for name, fields in table.items()}
+    found: dict[str, Breakage] = {}
+    for path in sorted(pathlib.Path(__file__).parent.glob("*.toml")):
+        for name, fields in tomllib.loads(path.read_text()).items():
+            assert name not in found, f"{path}: {name} is there twice"
+            found[name] = Breakage(name, **fields)
+    return found
 
 
 def copy_tracked(tree: pathlib.Path, copy: pathlib.Path) -> None:

@@ -1,0 +1,1 @@
+"""Mistakes of which every one has to make a test fail."""
