@@ -35,6 +35,11 @@ def _forward(x: jax.Array, bits: int | None, narrow: bool) -> tuple[jax.Array, K
     y = relu(x)
     if bits is not None:
         return y, (encode(y, Codec(bits, rectified=True)), None)
+    # On GPUs XLA would compute y again in the backward pass, for its sign, from the convolution's
+    # result, which it would then keep beside the y that the next convolution needs.
+    y = lax.platform_dependent(
+        y, cuda=lax.optimization_barrier, rocm=lax.optimization_barrier, default=lambda y: y
+    )
     return y, (y, rounded(y) if narrow else None)
 
 

@@ -84,6 +84,14 @@ def test_relu_and_its_gradient_are_exact(bits):
     np.testing.assert_array_equal(transpose(gradient)[0], expected_transpose(gradient)[0])
 
 
+def test_gpus_keep_the_output_and_do_not_compute_it_again():
+    """Which XLA would do from what it would then keep as well."""
+    traced = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(relu(x, None, False))))).trace(jnp.ones(4))
+    for platform, barrier in (("cuda", True), ("rocm", True), ("cpu", False), ("tpu", False)):
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("optimization_barrier" in program) == barrier, platform
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_only_the_kernel_gradient_sees_the_codes(codec, float64):
     x = activations(codec, dtype=jnp.float64)

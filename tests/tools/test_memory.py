@@ -87,7 +87,7 @@ def test_a_report_has_a_row_for_each_method(run_memory, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--target=cuda",), "--target=cuda is unknown; allowed: cpu, gpu, tpu, or a topology"),
+        (("--target=cuda",), "--target=cuda is unknown; allowed: cpu, gpu, tpu, or what need not"),
         (("--target=gpu",), "--target=gpu: there is none here"),
         (("--methods=mimicnorm:remat=al",), "unknown config.remat 'al'"),
         (("--methods=mimicnorm:rema=block",), "unknown field in --methods=mimicnorm:rema=block:"),
@@ -122,6 +122,29 @@ def test_a_topology_needs_the_extra(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs libtpu: pip install 'mimicnorm-jax"):
         mesh_of("tpu:v5e:2x2", 1)
+
+
+def test_a_gpu_that_is_not_here_needs_the_plugin(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install --no-deps jax-cuda12-plugin==\d+\.\d+\.\d+ "):
+        mesh_of("gpu:h100", 1)
+    with pytest.raises(UserError, match="gpu:h9 is unknown; allowed: h100"):
+        mesh_of("gpu:h9", 1)
+    for target in ("gpu:", "cpu:x", "npu"):
+        with pytest.raises(UserError, match=f"--target={target} is unknown"):
+            mesh_of(target, 1)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="JAX's plugin for CUDA is missing"
+)
+def test_a_gpu_that_is_not_here_keeps_each_activation_once(run_memory, tmp_path):
+    path = tmp_path / "gpu.json"
+    flags = ("--target=gpu:h100", "--methods=batchnorm,mimicnorm", f"--json={path}")
+    done = run_memory(*DIGITS, "--batch=256", *flags)
+    assert done.returncode == 0, done.stderr
+    batchnorm, mimicnorm = json.loads(path.read_text())
+    assert mimicnorm["peak_bytes"] < 0.65 * batchnorm["peak_bytes"]
 
 
 def test_what_libtpu_says_becomes_one_line(monkeypatch):

@@ -39,7 +39,7 @@ from mimicnorm_jax.tools.report import (
 from mimicnorm_jax.tools.variants import Variant, fitting_methods, parse_variants
 from mimicnorm_jax.train.setup import configure_jax, silence_false_alarms
 
-_TARGET = flags.DEFINE_string("target", "cpu", "cpu, gpu, tpu, or a topology: tpu:v5e:2x2.")
+_TARGET = flags.DEFINE_string("target", "cpu", "cpu, gpu, tpu; not here: tpu:v5e:2x2, gpu:h100.")
 _MAX_BATCH = flags.DEFINE_bool("max-batch", False, "Find the largest batch that fits --hbm.")
 _HBM = flags.DEFINE_string("hbm", None, "Memory of a device, such as 16GiB.")
 _PROCESSES = flags.DEFINE_integer("processes", 1, "table: compilations at a time.", 1)
