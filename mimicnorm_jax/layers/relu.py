@@ -13,7 +13,7 @@ from mimicnorm_jax.layers.storage import Codec, Stored, encode, rounded, unpack
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def relu(x: jax.Array, bits: int | None = None, narrow: bool = True) -> jax.Array:
+def relu(x: jax.Array, bits: int | None = None, normalized: bool = False) -> jax.Array:
     """``max(x, 0)``, with a derivative of its own, for reverse mode.
 
     The derivative of ``jax.nn.relu`` asks for the sign of its input, for which XLA may keep more
@@ -23,7 +23,8 @@ def relu(x: jax.Array, bits: int | None = None, narrow: bool = True) -> jax.Arra
       x: ``(B, ...)``.
       bits: of the codes that are kept of the output, and shared with the next convolution: 8 or 4;
         None: the output is kept as it is.
-      narrow: as for ``convolve``, for the convolution that follows.
+      normalized: whether x comes from a normalization, which keeps its own input: then y may be
+        computed again from that.
     """
     return jnp.maximum(x, jnp.zeros((), x.dtype))
 
@@ -31,19 +32,23 @@ def relu(x: jax.Array, bits: int | None = None, narrow: bool = True) -> jax.Arra
 Kept = tuple[jax.Array | Stored, jax.Array | None]
 
 
-def _forward(x: jax.Array, bits: int | None, narrow: bool) -> tuple[jax.Array, Kept]:
+def _forward(x: jax.Array, bits: int | None, normalized: bool) -> tuple[jax.Array, Kept]:
     y = relu(x)
     if bits is not None:
         return y, (encode(y, Codec(bits, rectified=True)), None)
+    if normalized:
+        return y, (y, None)
     # On GPUs XLA would compute y again in the backward pass, for its sign, from the convolution's
     # result, which it would then keep beside the y that the next convolution needs.
     y = lax.platform_dependent(
         y, cuda=lax.optimization_barrier, rocm=lax.optimization_barrier, default=lambda y: y
     )
-    return y, (y, rounded(y) if narrow else None)
+    return y, (y, rounded(y))
 
 
-def _backward(bits: int | None, narrow: bool, kept: Kept, gradient: jax.Array) -> tuple[jax.Array]:
+def _backward(
+    bits: int | None, normalized: bool, kept: Kept, gradient: jax.Array
+) -> tuple[jax.Array]:
     y, shortened = kept
     if isinstance(y, Stored):
         assert bits is not None
@@ -65,8 +70,8 @@ class Relu:
     """``relu`` with its arguments fixed: a part of a network's static structure."""
 
     bits: int | None = None
-    narrow: bool = True
+    normalized: bool = False
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``max(x, 0)``."""
-        return relu(x, self.bits, self.narrow)
+        return relu(x, self.bits, self.normalized)

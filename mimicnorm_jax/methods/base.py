@@ -169,7 +169,13 @@ class Method:
     def activation(self, *, site: Site) -> Function:
         """The nonlinearity after the layer (or merge) at ``site``."""
         codec = codec_of(self.activation_storage, rectified=True)
-        return relu if codec is None else Relu(codec.bits)
+        if codec is not None:
+            return Relu(codec.bits)
+        return Relu(normalized=True) if self._normalizes(site) else relu
+
+    def _normalizes(self, site: Site) -> bool:
+        """Whether ``norm`` at ``site`` is a normalization."""
+        return False
 
     def merge(self, *, branch: Branch) -> Callable[[jax.Array, jax.Array], jax.Array]:
         """How ``(shortcut, branch)`` become the input of the block's last activation."""

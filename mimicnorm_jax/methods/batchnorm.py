@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mimicnorm_jax.errors import unknown
-from mimicnorm_jax.layers.relu import Relu
 from mimicnorm_jax.methods.base import Function, Method, Site, identity
 
 
@@ -56,11 +55,6 @@ class BatchNorm(Method):
 
     def conv_layer(self, fan_in: int, site: Site) -> Callable[..., Function]:
         return functools.partial(super().conv_layer(fan_in, site), narrow=False)
-
-    def activation(self, *, site: Site) -> Function:
-        if self.activation_storage != "full" or not self._normalizes(site):
-            return super().activation(site=site)
-        return Relu(narrow=False)
 
     def norm(self, features: int, *, site: Site, rngs: nnx.Rngs) -> Function:
         if not self._normalizes(site):
