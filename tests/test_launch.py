@@ -216,6 +216,15 @@ def test_a_part_of_the_campaign_that_fails_stops_no_other(fails, campaign, stand
     assert sorted(os.listdir(tmp_path / "out")) == ["campaign.log", "numbers.tar"]
 
 
+def test_a_machine_that_lacks_a_package_is_one_line_before_anything_runs(
+    campaign, stand_in, tmp_path
+):
+    done = campaign(PYTHON=stand_in, FAILS="import mimicnorm_jax", HANGS="")
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr.startswith(f"error: PYTHON={stand_in} cannot run this: ")
+    assert done.stderr.count("\n") == 1 and not list((tmp_path / "out").iterdir())
+
+
 def test_a_kill_leaves_the_numbers_of_the_parts_before(campaign, stand_in, tmp_path):
     variables = {
         "PYTHON": stand_in,

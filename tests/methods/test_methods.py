@@ -18,7 +18,9 @@ from mimicnorm_jax.layers import (
     WeightStandardizedConv,
     WeightStandardizedDense,
 )
+from mimicnorm_jax.layers.relu import Relu
 from mimicnorm_jax.methods import METHODS, Method, create_method
+from mimicnorm_jax.methods.base import Site, identity
 from mimicnorm_jax.models import BRANCHED, NETWORKS, create_model
 
 
@@ -188,6 +190,21 @@ def test_a_bias_is_where_no_norm_follows():
     assert (
         make("vgg11", create_method("batchnorm", conv_bias=True)).stages[0][0].conv.bias is not None
     )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_activation_knows_whether_a_normalization_precedes_it(name):
+    """On GPUs what is kept depends on it."""
+    for role in ("stem", "inner", "branch_end", "hidden_dense"):
+        method, site = create_method(name), Site(role)
+        normalized = method.norm(8, site=site, rngs=nnx.Rngs(0)) is not identity
+        assert normalized == (
+            name in ("batchnorm", "weightstandardization") and role != "hidden_dense"
+        )
+        assert (method.activation(site=site) == Relu(normalized=True)) == normalized
+        for bits in (8, 4):
+            stored = create_method(name, activation_storage=f"int{bits}")
+            assert stored.activation(site=site) == Relu(bits)
 
 
 def test_batchnorm_has_one_norm_a_convolution_and_global_statistics_only_if_asked():

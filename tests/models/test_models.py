@@ -55,8 +55,8 @@ def test_vgg_with_convolution_biases_and_the_thin_resnet_are_the_published_ones(
 
 
 SHUFFLENET = "shufflenetv2_x0_5"
-# The others, mlp and the thin ResNets, are trained with every method in test_every_pair.py, and
-# these with mimicnorm. Each network and each method is in some quick pair; the rest is long.
+# ResNet-8 is trained with every method in test_every_pair.py, and each of these with mimicnorm.
+# Each network and each method is in some quick pair; the rest is long.
 QUICK = {
     *(("vgg11", "nonorm"), ("vgg11", "weightmean"), ("resnet50", "batchnorm")),
     *(("resnet50", "fixup"), ("squeezenet", "weightstandardization"), ("squeezenet", "lastbn")),
