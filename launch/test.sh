@@ -8,7 +8,8 @@ install dev,prepare
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
-run_tests() { "$VENV/bin/python" -m pytest -n "${TEST_PROCESSES:-2}" "$@"; }
+# Some tests wait more than they compute: one process more than there are cores.
+run_tests() { "$VENV/bin/python" -m pytest -n "${TEST_PROCESSES:-3}" "$@"; }
 if [ "${1:-}" != --all ]; then
   run_tests "$@"
   exit

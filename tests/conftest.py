@@ -12,6 +12,7 @@ from tests.flags import QUICK, xla_flags
 
 # The same small programs are compiled in many tests and in the processes they start.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax-cache-"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.02")
 # With that cache, XLA writes errors about processor features to stderr on some machines,
 # where tests count the lines.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
@@ -84,11 +85,15 @@ def tiny(tmp_path):
 
 @pytest.fixture
 def run_main():
-    """Runs ``python -m mimicnorm_jax.main`` (or another module) as a person would."""
+    """Runs ``python -m mimicnorm_jax.main`` (or another module) as a person would.
+
+    ``environment`` is added to this process's; None takes a name out.
+    """
 
     def run(*arguments, module="mimicnorm_jax.main", background=False, cwd=ROOT, **environment):
         # one device: what a laptop has
         env = os.environ | {"XLA_FLAGS": QUICK, "PYTHONPATH": str(ROOT)} | environment
+        env = {name: str(value) for name, value in env.items() if value is not None}
         if background:
             command = [sys.executable, "-m", module, *map(str, arguments)]
             pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

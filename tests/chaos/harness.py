@@ -47,10 +47,10 @@ def untimed(workdir):
 class Chaos:
     """Kills one kind of run until the wanted number of kills is reached."""
 
-    def __init__(self, folder, count, epochs, draw, say):
+    def __init__(self, folder, count, epochs, network, draw, say):
         self.folder = folder
         self.count = count
-        self.arguments = (*RUN, f"--config.epochs={epochs}")
+        self.arguments = (*RUN, f"--config.epochs={epochs}", f"--config.network={network}")
         self.draw = draw
         self.say = say
         self.report = {
@@ -170,13 +170,13 @@ class Chaos:
             shutil.rmtree(path)
 
 
-def run_chaos(folder, *, sigkills, sigterms, during_save, epochs, seed, say=print):
+def run_chaos(folder, *, sigkills, sigterms, during_save, epochs, network, seed, say=print):
     """Both kinds of runs; each gets half of the kills. Returns the reports."""
     reports = []
     for count in (1, 2):
         share = [(n + 2 - count) // 2 for n in (sigkills, sigterms, during_save)]
         draw = random.Random(f"{seed} {count}")
-        chaos = Chaos(folder / f"{count}", count, epochs, draw, say)
+        chaos = Chaos(folder / f"{count}", count, epochs, network, draw, say)
         chaos.whole()
         chaos.kill(*share)
         reports.append(chaos.report)
@@ -189,6 +189,7 @@ def main():
     parser.add_argument("--sigterms", type=int, default=10)
     parser.add_argument("--during-save", type=int, default=8, help="of the SIGKILLs")
     parser.add_argument("--epochs", type=float, default=8.0)
+    parser.add_argument("--network", default="resnet8")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
@@ -203,6 +204,7 @@ def main():
             sigterms=options.sigterms,
             during_save=options.during_save,
             epochs=options.epochs,
+            network=options.network,
             seed=options.seed,
             say=say,
         )

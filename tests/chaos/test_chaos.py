@@ -6,7 +6,9 @@ from tests.chaos.harness import run_chaos
 def test_runs_killed_at_random_moments_lose_nothing_but_time(tmp_path):
     lines = []
     reports = run_chaos(
-        tmp_path, sigkills=2, sigterms=2, during_save=2, epochs=4.0, seed=None, say=lines.append
+        tmp_path,
+        **{"sigkills": 2, "sigterms": 2, "during_save": 2, "epochs": 4.0},
+        **{"network": "mlp", "seed": None, "say": lines.append},
     )
     for count, report in enumerate(reports, start=1):
         assert report["processes"] == count

@@ -12,7 +12,7 @@ from mimicnorm_jax.tools.probe.rows import Row, average, probe, table
 from mimicnorm_jax.train.loop import train
 
 TINY = (
-    *("--config=configs/digits_resnet20.py", "--config.network=resnet8"),
+    *("--config=configs/digits_resnet20.py", "--config.network=mlp"),
     *("--config.width=0.5", "--config.data.image_size=8", "--images=4"),
 )
 
@@ -32,15 +32,11 @@ def test_methods_are_put_side_by_side_in_table_picture_and_file(run_probe, tmp_p
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].split() == ["|", "nonorm", "|", "mimicnorm"]
-    assert [line.split()[0] for line in lines[2:13]][:3] == [
-        "stem",
-        "blocks/0/branch/0",
-        "blocks/0/branch/1",
-    ]
+    assert [line.split()[0] for line in lines[2:5]] == ["layers/0", "layers/1", "classifier"]
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert numbers.keys() == {"nonorm", "mimicnorm"}
     row = numbers["mimicnorm"][0]
-    assert row["layer"] == "stem" and "quantiles" not in row
+    assert row["layer"] == "layers/0" and "quantiles" not in row
     assert f"{row['second_moment']:.3f}" in lines[2]
     with Image.open(tmp_path / "probe.png") as picture:
         assert picture.size[0] > 1000
@@ -59,15 +55,18 @@ def test_a_row_is_the_mean_over_initializations():
 
 def test_a_trained_state_is_probed(tiny_config, tmp_path):
     run = tmp_path / "run"
-    train(tiny_config(max_steps=2), run)
+    train(tiny_config(network="mlp", max_steps=2), run)
     fresh, trained = (
-        probe(tiny_config(), ["mimicnorm"], images=4, checkpoint=checkpoint)["mimicnorm"]
+        probe(tiny_config(network="mlp"), ["mimicnorm"], images=4, checkpoint=checkpoint)[
+            "mimicnorm"
+        ]
         for checkpoint in (None, run)
     )
     moved = [a.second_moment != b.second_moment for a, b in zip(trained, fresh, strict=True)]
     assert any(moved)
+    other = tiny_config(network="mlp", learning_rate=0.5)
     with pytest.raises(UserError, match=r"config\.learning_rate \(0\.1 there, 0\.5 now\)"):
-        probe(tiny_config(learning_rate=0.5), ["mimicnorm"], images=4, checkpoint=run)
+        probe(other, ["mimicnorm"], images=4, checkpoint=run)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from mimicnorm_jax.train.workdir import saved_config
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory, tiny_config):
     workdir = tmp_path_factory.mktemp("verify") / "run"
-    config = tiny_config(max_steps=10, checkpoint_every=3 / 45, keep_checkpoints=0)
+    config = tiny_config(network="mlp", max_steps=10, checkpoint_every=3 / 45, keep_checkpoints=0)
     train(config, workdir)
     return workdir
 

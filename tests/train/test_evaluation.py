@@ -18,11 +18,13 @@ def trained(config, steps=3):
     return experiment, state
 
 
-@pytest.mark.parametrize(("devices", "ema"), [(1, 0.0), (4, 0.5)])
+@pytest.mark.parametrize(("network", "devices", "ema"), [("mlp", 1, 0.0), ("resnet8", 4, 0.5)])
 def test_recalibration_gives_the_last_bn_the_moments_of_all_training_logits(
-    devices, ema, tiny_config, float64
+    network, devices, ema, tiny_config, float64
 ):
-    config = tiny_config(precision="float64", num_devices=devices, optimizer__ema_decay=ema)
+    config = tiny_config(
+        network=network, precision="float64", num_devices=devices, optimizer__ema_decay=ema
+    )
     experiment, state = trained(config)
     assert len(experiment.train_data.source) % config.batch_size  # a padded batch is among them
     exact = recalibrate(experiment, state)
@@ -46,6 +48,6 @@ def test_recalibration_gives_the_last_bn_the_moments_of_all_training_logits(
 
 
 def test_without_a_last_bn_there_is_nothing_to_recalibrate(tiny_config):
-    experiment, state = trained(tiny_config(method="batchnorm"), steps=1)
+    experiment, state = trained(tiny_config(network="mlp", method="batchnorm"), steps=1)
     with pytest.raises(UserError, match="'batchnorm' has no last BN"):
         recalibrate(experiment, state)

@@ -16,34 +16,33 @@ from mimicnorm_jax.train.setup import set_up
 from mimicnorm_jax.train.workdir import other_fields
 from tests.train.test_step import relative_difference, train
 
-# (devices, micro-batches on each)
-PLACES = [(1, 4), (4, 2)]
-NETWORKS = {
-    "mimicnorm": {},
-    "fixup": {},
-    "dropout": {
-        "method": "mimicnorm",
-        "network": "vgg11",
-        "width": 0.0625,
-        "data__image_size": 32,
-    },
+NETWORKS = {  # devices, micro-batches on each
+    "mimicnorm": (4, 2, {}),
+    "fixup": (1, 4, {}),
+    "dropout": (
+        *(4, 2),
+        {
+            "method": "mimicnorm",
+            "network": "vgg11",
+            "width": 0.0625,
+            "data__image_size": 32,
+        },
+    ),
 }
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_parts_of_a_batch_give_the_gradient_of_the_whole(name, tiny_config, float64):
-    common = {"method": name, "precision": "float64", "learning_rate": 0.02} | NETWORKS[name]
-    places = PLACES if name == "mimicnorm" else PLACES[1:]
+    devices, parts, options = NETWORKS[name]
+    common = {"method": name, "precision": "float64", "learning_rate": 0.02} | options
     whole = train(tiny_config(**common), 3)
-    for devices, parts in places:
-        config = tiny_config(**common, num_devices=devices, micro_batches=parts)
-        divided = train(config, 3)
-        np.testing.assert_allclose(divided.losses, whole.losses, rtol=1e-9)
-        assert relative_difference(divided.gradient, whole.gradient) < 1e-9
-        states = [jax.device_get(run.state) for run in (divided, whole)]
-        assert relative_difference(*(state.params for state in states)) < 1e-9
-        if name == "mimicnorm":
-            assert relative_difference(*(state.batch_stats for state in states)) < 1e-9
+    divided = train(tiny_config(**common, num_devices=devices, micro_batches=parts), 3)
+    np.testing.assert_allclose(divided.losses, whole.losses, rtol=1e-9)
+    assert relative_difference(divided.gradient, whole.gradient) < 1e-9
+    states = [jax.device_get(run.state) for run in (divided, whole)]
+    assert relative_difference(*(state.params for state in states)) < 1e-9
+    if name == "mimicnorm":
+        assert relative_difference(*(state.batch_stats for state in states)) < 1e-9
 
 
 def test_a_loop_over_the_parts_as_on_a_gpu_gives_the_same(tiny_config, float64, monkeypatch):

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -14,15 +15,21 @@ from mimicnorm_jax.train.checkpoint import Checkpoints
 from mimicnorm_jax.train.evaluation import evaluate_run
 from mimicnorm_jax.train.loop import train
 from mimicnorm_jax.train.metrics import evaluations, read_rows
-from mimicnorm_jax.train.setup import set_up
+from mimicnorm_jax.train.setup import configure_jax, set_up
 from mimicnorm_jax.train.state import digest
 from mimicnorm_jax.train.stopping import Stopped
 from tests.runs import TINY
 
 
 @pytest.fixture
+def tiny_config(tiny_config):
+    """Of a network that compiles sooner: the loop does the same with each."""
+    return functools.partial(tiny_config, network="mlp")
+
+
+@pytest.fixture
 def finished(tiny_config, tmp_path, capsys):
-    config = tiny_config(epochs=2.0, log_every=5)
+    config = tiny_config(network="resnet8", epochs=2.0, log_every=5)
     summary = train(config, tmp_path / "run")
     return config, tmp_path / "run", summary, capsys.readouterr().out
 
@@ -300,17 +307,35 @@ def test_an_evaluation_that_a_stop_interrupted_counts_once_it_is_made_up_for(
     assert evaluate_run(tiny_config(max_steps=6), tmp_path / "run")["best"]["step"] == 4
 
 
-def test_programs_are_compiled_once_for_all_runs(tiny_config, run_main, tmp_path):
+@pytest.mark.parametrize("place", ["cache", "file"])
+def test_programs_are_compiled_once_for_all_runs(place, run_main, tmp_path):
     """By default under ~/.cache; a machine without a place for it compiles every time."""
     (tmp_path / "file").write_text("")
-    for home, kept in (("cache", True), ("file", False)):
-        done = run_main(
-            *(*TINY, "--config.network=mlp", "--config.width=1", "--config.max_steps=1"),
-            *(f"--workdir={tmp_path / f'run-{home}'}",),
-            XDG_CACHE_HOME=str(tmp_path / home),
-            JAX_COMPILATION_CACHE_DIR="",
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == ""
-        folder = tmp_path / home / "mimicnorm_jax"
-        assert (folder.is_dir() and any(folder.iterdir())) == kept
+    done = run_main(
+        *(*TINY, "--config.max_steps=1", f"--workdir={tmp_path / 'run'}"),
+        XDG_CACHE_HOME=tmp_path / place,
+        JAX_COMPILATION_CACHE_DIR="",
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=None,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    kept = list((tmp_path / "cache").glob("mimicnorm_jax/jit_local_step-*"))
+    assert bool(kept) == (place == "cache")
+
+
+@pytest.mark.parametrize("chosen", [None, "0.5"])
+def test_a_folder_of_the_environment_keeps_as_much(chosen, tiny_config, monkeypatch):
+    """Unless the environment also says how long a program must take to be kept."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    folder, seconds = jax.config.jax_compilation_cache_dir, getattr(jax.config, name)
+    assert folder  # of these tests
+    monkeypatch.delenv(name.upper())
+    if chosen:
+        monkeypatch.setenv(name.upper(), chosen)
+    jax.config.update(name, 1.0)
+    try:
+        configure_jax(tiny_config())
+        assert getattr(jax.config, name) == (1.0 if chosen else 0.1)
+        assert jax.config.jax_compilation_cache_dir == folder
+    finally:
+        jax.config.update(name, seconds)

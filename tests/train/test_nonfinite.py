@@ -13,7 +13,7 @@ from tests.runs import rows
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny_config, tmp_path):
     """A label out of range makes one step's loss NaN."""
-    config = tiny_config(max_steps=6, on_nonfinite="skip", log_every=1)
+    config = tiny_config(network="mlp", max_steps=6, on_nonfinite="skip", log_every=1)
     experiment, bad_batch = poisoned(config, {2, 4})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "set_up_together", lambda _: experiment)
@@ -40,7 +40,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny_config, tmp_path)
 
 
 def test_more_skipped_steps_than_the_limit_end_the_run(tiny_config, tmp_path):
-    config = tiny_config(max_steps=9, on_nonfinite="skip", skip_limit=1)
+    config = tiny_config(network="mlp", max_steps=9, on_nonfinite="skip", skip_limit=1)
     experiment, _ = poisoned(config, {2, 4, 5})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "set_up_together", lambda _: experiment)

@@ -17,7 +17,7 @@ from mimicnorm_jax.train.provenance import code, config_as_json, config_digest
 
 def test_the_summary_records_what_a_run_was_made_with(tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(provenance, "code", lambda: {"git_commit": "c0ffee", "git_dirty": True})
-    config = tiny_config(max_steps=1)
+    config = tiny_config(network="mlp", max_steps=1)
     train(config, tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["git_commit"], summary["git_dirty"]) == ("c0ffee", True)

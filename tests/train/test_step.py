@@ -21,9 +21,13 @@ METHODS = {
 }
 
 
+_experiments = {}
+
+
 def train(config, steps):
     """Losses of the first steps, the last state, and the gradient of the first step."""
-    experiment = set_up(config)
+    key = config.to_json(sort_keys=True)
+    experiment = _experiments[key] = _experiments.get(key) or set_up(config)  # traced once
     state, losses = experiment.initial_state(), []
     for step in range(steps):
         batch = shard_batch(experiment.train_data.batch(step), experiment.mesh)
@@ -84,7 +88,10 @@ def test_one_and_four_devices_agree(method, precision, tiny_config, request):
 
 
 def test_local_batchnorm_is_the_one_exception(tiny_config):
-    four, one = (train(tiny_config(method="batchnorm", num_devices=d), 1).losses for d in (4, 1))
+    four, one = (
+        train(tiny_config(network="mlp", method="batchnorm", num_devices=d), 1).losses
+        for d in (4, 1)
+    )
     assert abs(four - one) > 1e-4
 
 
@@ -130,8 +137,8 @@ def test_projected_kernels_stay_centred_in_float32(tiny_config):
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_evaluation_counts_every_example_once_on_any_number_of_devices(devices, tiny_config):
-    _, state, experiment, _ = train(tiny_config(num_devices=devices, batch_size=32), 1)
-    assert 360 % 32
+    _, state, experiment, _ = train(tiny_config(network="mlp", num_devices=devices), 1)
+    assert 360 % experiment.config.batch_size
     result = evaluate(experiment, state)
     assert result["test_examples"] == 360
     logits = jax.jit(experiment.network.apply_eval)(
@@ -142,7 +149,7 @@ def test_evaluation_counts_every_example_once_on_any_number_of_devices(devices, 
 
 
 def test_the_evaluation_loss_is_the_mean_over_the_examples_not_the_padding(tiny_config):
-    _, state, experiment, _ = train(tiny_config(batch_size=32), 1)
+    _, state, experiment, _ = train(tiny_config(network="mlp"), 1)
     logits = jax.jit(experiment.network.apply_eval)(
         *jax.device_get((state.params, state.batch_stats)), normalized(experiment)
     )
@@ -155,14 +162,15 @@ def test_the_evaluation_loss_is_the_mean_over_the_examples_not_the_padding(tiny_
 
 def test_label_smoothing_reaches_the_loss(tiny_config):
     none, some, more = (
-        train(tiny_config(optimizer__label_smoothing=rate), 1).losses[0] for rate in (0, 0.2, 0.4)
+        train(tiny_config(network="mlp", optimizer__label_smoothing=rate), 1).losses[0]
+        for rate in (0, 0.2, 0.4)
     )
     assert abs(some - none) > 0.01
     assert more - none == pytest.approx(2 * (some - none), rel=1e-3)  # linear in the rate
 
 
 def test_the_same_images_are_augmented_differently_in_every_step(tiny_config):
-    experiment = set_up(tiny_config(learning_rate=1e-12, method="nonorm"))
+    experiment = set_up(tiny_config(network="mlp", learning_rate=1e-12, method="nonorm"))
     state, batch = experiment.initial_state(), experiment.train_data.batch(0)
     losses = []
     for _ in range(3):
@@ -204,7 +212,7 @@ def test_dropout_does_not_depend_on_the_number_of_devices(tiny_config, float64):
 
 
 def test_the_average_of_the_parameters_follows_them_and_is_what_is_evaluated(tiny_config):
-    config = tiny_config(optimizer__ema_decay=0.8)
+    config = tiny_config(network="mlp", optimizer__ema_decay=0.8)
     experiment = set_up(config)
     state = experiment.initial_state()
     expected = jax.device_get(state.params)
