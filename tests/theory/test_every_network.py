@@ -86,8 +86,8 @@ def test_large_images_are_predicted_too(photos):
     np.testing.assert_allclose(ratio, 1.0, atol=0.25)
 
 
-# The rest differ from these by leaving something out.
-QUICK = ("mimicnorm", "batchnorm", "fixup", "weightstandardization")
+# Most others leave something of these out; group norms are in test_signal.py.
+QUICK = ("mimicnorm", "batchnorm", "fixup")
 
 
 @pytest.mark.parametrize(

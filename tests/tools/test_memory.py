@@ -45,7 +45,12 @@ def rows_of(network, labels, *, width=0.25, batch=32):
 
 
 @pytest.mark.parametrize(
-    ("network", "width"), [("resnet8", 2), ("vgg11", 0.25), ("squeezenet", 0.5)]
+    ("network", "width"),
+    [
+        ("resnet8", 2),
+        ("vgg11", 0.25),
+        pytest.param("squeezenet", 0.5, marks=pytest.mark.long),
+    ],
 )
 def test_mimicnorm_costs_no_more_memory_than_no_normalization(network, width):
     """And BatchNorm here no more than with Flax's own layers."""
@@ -243,12 +248,11 @@ def test_micro_batches_cost_a_pass_forward_and_codes_nothing():
     """As counted for a device with loops: a CPU's algorithms with fewer products do not show."""
     config = cifar100()
     config.update(network="resnet8", width=2, batch_size=64)
-    labels = ("", ":micro_batches=4", ":activation_storage=int8", ":activation_storage=int4")
+    labels = ("", ":micro_batches=4", ":activation_storage=int8")
     variants = parse_variants(config, [f"mimicnorm{label}" for label in labels])
-    whole, in_parts, int8, int4 = (compiled.unoptimized_flops(variant) for variant in variants)
+    whole, in_parts, int8 = (compiled.unoptimized_flops(variant) for variant in variants)
     assert whole == pytest.approx(3 * (in_parts - whole), rel=0.01)
     assert int8 == pytest.approx(whole, rel=0.02)
-    assert int4 == pytest.approx(whole, rel=0.02)
 
 
 @pytest.mark.parametrize(

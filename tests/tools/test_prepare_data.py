@@ -72,13 +72,12 @@ class TestPrepared:
     @pytest.mark.parametrize(
         ("config", "options"),
         [
-            ("cifar100_vgg16", ["--config.width=0.125"]),
+            ("cifar100_vgg16", ["--config.network=vgg11", "--config.width=0.0625"]),
             (
                 "imagenet_resnet50",
                 [
-                    "--config.network=resnet18",
-                    "--config.width=0.125",
-                    "--config.method_options.min_fan_in=6",
+                    "--config.network=resnet8",
+                    "--config.width=0.5",
                     "--config.data.image_size=64",
                     "--config.data.resize=72",
                     "--config.data.processes=1",

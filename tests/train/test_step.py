@@ -56,9 +56,7 @@ def relative_difference(a, b):
     ("method", "precision"),
     [
         *((method, "float64") for method in METHODS),
-        ("mimicnorm", "float32"),
-        *(pytest.param(m, "float32", marks=pytest.mark.long) for m in ("nonorm", "fixup")),
-        pytest.param("batchnorm", "float32", marks=pytest.mark.long),
+        *(pytest.param(method, "float32", marks=pytest.mark.long) for method in METHODS),
     ],
 )
 def test_one_and_four_devices_agree(method, precision, tiny_config, request):
