@@ -35,7 +35,16 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize(("network", "parameters"), PUBLISHED.items())
+DEEPEST = ("resnet101", "resnet152")
+
+
+@pytest.mark.parametrize(
+    ("network", "parameters"),
+    [
+        pytest.param(*pair, marks=pytest.mark.long if pair[0] in DEEPEST else ())
+        for pair in PUBLISHED.items()
+    ],
+)
 def test_parameter_counts_are_the_published_ones(network, parameters):
     assert count_parameters(network, "batchnorm", num_classes=1000, image_size=224) == parameters
 

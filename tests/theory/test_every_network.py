@@ -87,7 +87,7 @@ def test_large_images_are_predicted_too(photos):
 
 
 # Most others leave something of these out; group norms are in test_signal.py.
-QUICK = ("mimicnorm", "batchnorm", "fixup")
+QUICK = ("mimicnorm", "fixup")
 
 
 @pytest.mark.parametrize(

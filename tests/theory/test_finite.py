@@ -84,6 +84,7 @@ def test_wide_networks_have_the_kernels_of_the_theory(kind):
     assert np.abs(deviation).max() < 4
 
 
+@pytest.mark.long
 def test_batch_norm_networks_have_the_kernels_of_their_batch():
     images = digits(12)
     vectors = np.asarray(images).reshape(len(images), -1)

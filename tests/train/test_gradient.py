@@ -72,7 +72,7 @@ def test_the_program_of_a_tpu_reads_the_parts_where_they_lie(tiny_config):
     assert constraints == {"tpu": 4, "cpu": 0}  # forward and backward, of either part
 
 
-@pytest.mark.parametrize("storage", ["int8", "int4"])
+@pytest.mark.parametrize("storage", ["int8", pytest.param("int4", marks=pytest.mark.long)])
 def test_codes_do_not_depend_on_devices_parts_or_what_is_computed_again(
     storage, tiny_config, float64
 ):

@@ -93,7 +93,7 @@ def test_local_batchnorm_is_the_one_exception(tiny_config):
     assert abs(four - one) > 1e-4
 
 
-@pytest.mark.parametrize("network", ["resnet8", "vgg11"])
+@pytest.mark.parametrize("network", ["resnet8", pytest.param("vgg11", marks=pytest.mark.long)])
 def test_reparameterized_and_projected_are_the_same_training(network, tiny_config, float64):
     """Appendix C: for SGD with momentum and weight decay, everything is linear."""
     options = (
@@ -194,6 +194,7 @@ def normalized(experiment):
     return jnp.asarray((images - train_images.mean()) / train_images.std(), jnp.float32)
 
 
+@pytest.mark.long  # test_gradient.py has both at once
 def test_dropout_does_not_depend_on_the_number_of_devices(tiny_config, float64):
     options = {"network": "vgg11", "width": 1 / 16, "data__image_size": 32, "batch_size": 8}
     losses = [
