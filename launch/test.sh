@@ -8,7 +8,7 @@ install dev,prepare
 "$VENV/bin/ruff" check .
 "$VENV/bin/ruff" format --check .
 "$VENV/bin/mypy"
-# Some tests wait more than they compute: one process more than there are cores.
+# Some tests wait more than they compute: it takes three processes to keep two cores busy.
 run_tests() { "$VENV/bin/python" -m pytest -n "${TEST_PROCESSES:-3}" "$@"; }
 if [ "${1:-}" != --all ]; then
   run_tests "$@"

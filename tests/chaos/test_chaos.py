@@ -1,14 +1,22 @@
 """Killed runs end with the bits of the run that was not: the short version of the harness."""
 
+import pytest
+
 from tests.chaos.harness import run_chaos
 
 
-def test_runs_killed_at_random_moments_lose_nothing_but_time(tmp_path):
+@pytest.mark.parametrize("network", ["mlp", pytest.param("resnet8", marks=pytest.mark.long)])
+def test_runs_killed_at_random_moments_lose_nothing_but_time(network, tmp_path):
     lines = []
     reports = run_chaos(
         tmp_path,
-        **{"sigkills": 2, "sigterms": 2, "during_save": 2, "epochs": 4.0},
-        **{"network": "mlp", "seed": None, "say": lines.append},
+        sigkills=2,
+        sigterms=2,
+        during_save=2,
+        epochs=4.0,
+        network=network,
+        seed=None,
+        say=lines.append,
     )
     for count, report in enumerate(reports, start=1):
         assert report["processes"] == count

@@ -17,9 +17,9 @@ CONFIG = (
 LAYOUTS = ((1, 4), (2, 2), (4, 1))  # processes, devices of each
 
 
-def run(folder, workdir, layout, steps):
+def run(folder, workdir, layout, steps, network):
     count, devices = layout
-    arguments = (*CONFIG, f"--workdir={workdir}", f"--config.max_steps={steps}")
+    arguments = (*CONFIG, network, f"--workdir={workdir}", f"--config.max_steps={steps}")
     with Run(folder, *arguments, count=count, devices=devices) as started:
         return started.succeeds()
 
@@ -36,14 +36,19 @@ def evaluations(workdir):
     ]
 
 
+@pytest.fixture(scope="module", params=["mlp", pytest.param("resnet8", marks=pytest.mark.long)])
+def network(request):
+    return f"--config.network={request.param}"
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(network, tmp_path_factory):
     """Each layout's uninterrupted run."""
     root = tmp_path_factory.mktemp("layouts")
     workdirs = {}
     for layout in LAYOUTS:
         workdirs[layout] = root / f"run{layout}"
-        output = run(root / f"out{layout}", workdirs[layout], layout, STEPS)
+        output = run(root / f"out{layout}", workdirs[layout], layout, STEPS, network)
         assert f"process 0/{layout[0]}, {layout[1]} local device" in output
     return workdirs
 
@@ -61,12 +66,12 @@ def test_the_layouts_have_the_same_losses_and_evaluation_counts(whole):
     assert {summary(path)["num_devices"] for path in whole.values()} == {4}
 
 
-def test_the_checkpoints_of_each_layout_restore_in_each_other(whole, tmp_path):
+def test_the_checkpoints_of_each_layout_restore_in_each_other(whole, network, tmp_path):
     one, two, four = LAYOUTS
     walk = (one, two, four, one)
     for number, layout in enumerate(walk):
         steps = STEPS - 3 * (len(walk) - 1 - number)
-        output = run(tmp_path / "out", tmp_path / "run", layout, steps)
+        output = run(tmp_path / "out", tmp_path / "run", layout, steps, network)
         if number:
             assert f"resumed from the checkpoint of step {steps - 3}, saved by " in output
         assert saved_steps(tmp_path / "run")[-1] == steps

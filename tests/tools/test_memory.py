@@ -244,15 +244,23 @@ def test_what_was_compiled_is_not_compiled_again(monkeypatch):
         rows_of("mlp", ["nonorm"], batch=8)
 
 
-def test_micro_batches_cost_a_pass_forward_and_codes_nothing():
+@pytest.mark.parametrize(
+    ("network", "width", "storage"),
+    [
+        ("resnet8", 2, "int8"),
+        pytest.param("resnet8", 2, "int4", marks=pytest.mark.long),
+        pytest.param("vgg11", 1, "int8", marks=pytest.mark.long),
+    ],
+)
+def test_micro_batches_cost_a_pass_forward_and_codes_nothing(network, width, storage):
     """As counted for a device with loops: a CPU's algorithms with fewer products do not show."""
     config = cifar100()
-    config.update(network="resnet8", width=2, batch_size=64)
-    labels = ("", ":micro_batches=4", ":activation_storage=int8")
+    config.update(network=network, width=width, batch_size=64)
+    labels = ("", ":micro_batches=4", f":activation_storage={storage}")
     variants = parse_variants(config, [f"mimicnorm{label}" for label in labels])
-    whole, in_parts, int8 = (compiled.unoptimized_flops(variant) for variant in variants)
+    whole, in_parts, codes = (compiled.unoptimized_flops(variant) for variant in variants)
     assert whole == pytest.approx(3 * (in_parts - whole), rel=0.01)
-    assert int8 == pytest.approx(whole, rel=0.02)
+    assert codes == pytest.approx(whole, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -16,25 +16,32 @@ from mimicnorm_jax.train.setup import set_up
 from mimicnorm_jax.train.workdir import other_fields
 from tests.train.test_step import relative_difference, train
 
-NETWORKS = {  # devices, micro-batches on each
-    "mimicnorm": (4, 2, {}),
-    "fixup": (1, 4, {}),
-    "dropout": (
-        *(4, 2),
-        {
-            "method": "mimicnorm",
-            "network": "vgg11",
-            "width": 0.0625,
-            "data__image_size": 32,
-        },
-    ),
+NETWORKS = {
+    "mimicnorm": {},
+    "fixup": {},
+    "dropout": {
+        "method": "mimicnorm",
+        "network": "vgg11",
+        "width": 0.0625,
+        "data__image_size": 32,
+    },
 }
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_parts_of_a_batch_give_the_gradient_of_the_whole(name, tiny_config, float64):
-    devices, parts, options = NETWORKS[name]
-    common = {"method": name, "precision": "float64", "learning_rate": 0.02} | options
+@pytest.mark.parametrize(
+    ("name", "devices", "parts"),  # on each
+    [
+        ("mimicnorm", 4, 2),
+        ("fixup", 1, 4),
+        ("dropout", 4, 2),
+        pytest.param("mimicnorm", 1, 4, marks=pytest.mark.long),
+        pytest.param("fixup", 4, 2, marks=pytest.mark.long),
+    ],
+)
+def test_parts_of_a_batch_give_the_gradient_of_the_whole(
+    name, devices, parts, tiny_config, float64
+):
+    common = {"method": name, "precision": "float64", "learning_rate": 0.02} | NETWORKS[name]
     whole = train(tiny_config(**common), 3)
     divided = train(tiny_config(**common, num_devices=devices, micro_batches=parts), 3)
     np.testing.assert_allclose(divided.losses, whole.losses, rtol=1e-9)
@@ -54,7 +61,8 @@ def test_a_loop_over_the_parts_as_on_a_gpu_gives_the_same(tiny_config, float64, 
         return gradient.in_micro_batches(*arguments, unroll=False, **options)
 
     monkeypatch.setattr(step, "in_micro_batches", looped)
-    divided = train(tiny_config(**common, num_devices=2, micro_batches=2), 2)
+    config = tiny_config(**common, num_devices=2, micro_batches=2)
+    divided = train(config, 2, set_up(config))  # other tests must not find it
     np.testing.assert_allclose(divided.losses, whole.losses, rtol=1e-9)
     assert relative_difference(divided.gradient, whole.gradient) < 1e-9
 

@@ -24,10 +24,17 @@ METHODS = {
 _experiments = {}
 
 
-def train(config, steps):
-    """Losses of the first steps, the last state, and the gradient of the first step."""
+def shared_experiment(config):
+    """The one of this configuration, which is traced once for all tests of a process."""
     key = config.to_json(sort_keys=True)
-    experiment = _experiments[key] = _experiments.get(key) or set_up(config)  # traced once
+    if key not in _experiments:
+        _experiments[key] = set_up(config)
+    return _experiments[key]
+
+
+def train(config, steps, experiment=None):
+    """Losses of the first steps, the last state, and the gradient of the first step."""
+    experiment = experiment or shared_experiment(config)
     state, losses = experiment.initial_state(), []
     for step in range(steps):
         batch = shard_batch(experiment.train_data.batch(step), experiment.mesh)
