@@ -86,20 +86,20 @@ def configure_jax(config: ConfigDict) -> None:
 
 
 def _keep_compiled_programs(folder: str) -> None:
-    in_environment = folder == "auto" and jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if not in_environment:
-        if folder == "auto":
-            home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-            folder = str(pathlib.Path(home).expanduser() / "mimicnorm_jax")
-        if folder:
-            try:
-                pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-            except OSError:  # a machine without a home: every start compiles
-                return
-        jax.config.update("jax_compilation_cache_dir", folder or None)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # the default, 1 s, leaves out most of what a small network needs
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if folder == "auto":
+        if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+            return  # the environment says where
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = str(pathlib.Path(home).expanduser() / "mimicnorm_jax")
+    if folder:
+        try:
+            pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+        except OSError:  # a machine without a home: every start compiles
+            return
+    jax.config.update("jax_compilation_cache_dir", folder or None)
 
 
 def silence_false_alarms(mesh: Mesh) -> None:
