@@ -4,12 +4,18 @@ import subprocess
 import sys
 
 PROBE = """
-import sys, time
-start = time.perf_counter()
+import sys
+
+import flax.nnx, jax, optax
+
+def packages():
+    return {name.partition(".")[0] for name in sys.modules}
+
+before = packages()
 import mimicnorm_jax
-seconds = time.perf_counter() - start
 from jax._src import xla_bridge
-print(seconds, xla_bridge.backends_are_initialized(), "tensorflow" in sys.modules)
+added = packages() - before - sys.stdlib_module_names
+print(xla_bridge.backends_are_initialized(), *sorted(added))
 """
 
 TRAINING = """
@@ -26,12 +32,9 @@ def run(code):
     return result.stdout.split()
 
 
-def test_importing_the_package_is_quick_and_starts_no_backend():
-    run(PROBE)  # the first import writes byte code
-    seconds, backend, tensorflow = run(PROBE)
-    assert float(seconds) < 3.0
-    assert backend == "False"
-    assert tensorflow == "False"
+def test_importing_the_package_loads_no_other_library_and_starts_no_backend():
+    """But JAX, Flax and optax: what they take is not ours to save."""
+    assert run(PROBE) == ["False", "mimicnorm_jax"]
 
 
 def test_the_training_program_imports_no_tensorflow():
