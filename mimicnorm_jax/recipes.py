@@ -37,9 +37,11 @@ def imagenet() -> ConfigDict:
     """ImageNet: 90 epochs, batch 256, weight decay 1e-4, images of 224 pixels.
 
     The rate rises to 0.1 in 2 epochs and falls by 10 at epochs 30, 60 and 85. Training sees
-    random crops of random size, evaluation the central 224 of 256 pixels.
+    random crops of random size, evaluation the central 224 of 256 pixels. Weight mean
+    centres every convolution that is not depthwise.
     """
     config = default_config()
+    config.center = "not_depthwise"
     config.epochs = 90.0
     config.optimizer.weight_decay = 1e-4
     config.schedule.milestones = (30.0, 60.0, 85.0)
@@ -59,8 +61,8 @@ def imagenet() -> ConfigDict:
 def imagenet_shufflenet() -> ConfigDict:
     """ImageNet as ShuffleNetV2's authors train it (Ma et al. 2018), for 200 epochs.
 
-    Batch 1024, rate 0.5 falling linearly to 0, weight decay 4e-5: the one network for
-    which the paper leaves its own recipe.
+    Batch 1024, rate 0.5 falling linearly to 0, weight decay 4e-5, crops of at least half
+    of the image: the one network for which the paper leaves its own recipe.
     """
     config = imagenet()
     config.epochs = 200.0
@@ -68,4 +70,5 @@ def imagenet_shufflenet() -> ConfigDict:
     config.learning_rate = 0.5
     config.optimizer.weight_decay = 4e-5
     config.schedule.name = "linear"
+    config.data.crop_scale = (0.5, 1.0)
     return config

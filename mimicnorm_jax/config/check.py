@@ -96,8 +96,7 @@ def method_of(config: ConfigDict, *, axis_name: str | None = None) -> Method:
     """
     options = {name: v for name, v in config.method_options.items() if v is not None}
     fields = {field.name for field in dataclasses.fields(METHODS[config.method])}
-    if "weight_mean" in fields:
-        options["weight_mean"] = config.weight_mean
+    options |= {name: config[name] for name in ("weight_mean", "center") if name in fields}
     for option in options:
         if option not in fields:
             raise UserError(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from mimicnorm_jax.config.field import LONGEST, SHORTEST, Field, above, at_least, true_or_false
 from mimicnorm_jax.layers.remat import REMATS
 from mimicnorm_jax.layers.storage import STORAGES
 from mimicnorm_jax.methods import METHODS
+from mimicnorm_jax.methods.mimicnorm import Center
 from mimicnorm_jax.models import NETWORKS
 from mimicnorm_jax.precision import PRECISIONS
 
@@ -20,6 +23,7 @@ FIELDS: dict[str, Field] = {
     "learning_rate": Field(0.1, "Learning rate after warm-up.", **above(0)),
     "precision": Field("auto", "Type of convolutions and matrix products; auto is bfloat16 on GPU and TPU, float32 on CPU.", PRECISIONS),
     "weight_mean": Field("projected", "How weight mean is kept: by the optimizer (projected), or in the forward pass (reparameterized).", ("projected", "reparameterized")),
+    "center": Field("fan_in", "Which convolutions weight mean centres: those with a fan-in above method_options.min_fan_in (the authors' rule for CIFAR), or all that are not depthwise (theirs for ImageNet).", get_args(Center)),
     "activation_storage": Field("full", "How convolutions keep their inputs for the backward pass: as they are, or in 8 or 4 bits.", STORAGES),
     "remat": Field("none", "What the backward pass computes again: nothing, whole blocks, or all but convolutions and matrix products.", REMATS),
     "micro_batches": Field(1, "Parts in which a batch is computed, for its exact gradient in the memory of one part.", **at_least(1, 2**24)),

@@ -48,11 +48,14 @@ class Site:
         between the convolutions and the classifier), ``classifier``.
       after_relu: whether the layer's input is rectified.
       branch: the residual branch, where there is one.
+      convolution: whether the classifier is published as a convolution before the average
+        over the image, though computed as a dense layer after it.
     """
 
     role: Role
     after_relu: bool = True
     branch: Branch | None = None
+    convolution: bool = False
 
 
 def identity(x: jax.Array) -> jax.Array:

@@ -7,16 +7,16 @@ import functools
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
-import jax.numpy as jnp
 from flax import nnx
 
 from mimicnorm_jax.errors import unknown
+from mimicnorm_jax.layers.batch_norm import ShiftedBatchNorm
 from mimicnorm_jax.methods.base import Function, Method, Site, identity
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchNorm(Method):
-    """BatchNorm after every convolution (Ioffe and Szegedy 2015): ``nnx.BatchNorm``.
+    """BatchNorm after every convolution (Ioffe and Szegedy 2015): ``ShiftedBatchNorm``.
 
     Attributes:
       bn_sync: ``"local"``: each device normalizes by its own part of the batch, as data
@@ -59,18 +59,10 @@ class BatchNorm(Method):
     def norm(self, features: int, *, site: Site, rngs: nnx.Rngs) -> Function:
         if not self._normalizes(site):
             return identity
-        norm = nnx.BatchNorm(
+        return ShiftedBatchNorm(
             features,
-            momentum=0.9,
-            epsilon=1e-5,
             dtype=self.precision.dtype,
             param_dtype=self.precision.param_dtype,
             axis_name=self.axis_name if self.bn_sync == "global" else None,
             rngs=rngs,
         )
-        if self.precision.param_dtype == jnp.float64:
-            # nnx.BatchNorm creates its statistics in float32 and returns them in the
-            # computation's type, which would change the type of the state at step 1.
-            norm.mean = nnx.BatchStat(jnp.zeros((features,), jnp.float64))
-            norm.var = nnx.BatchStat(jnp.ones((features,), jnp.float64))
-        return norm

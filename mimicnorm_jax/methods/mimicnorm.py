@@ -21,6 +21,9 @@ from mimicnorm_jax.layers import (
 )
 from mimicnorm_jax.methods.base import Function, Method, Site
 
+Center = Literal["fan_in", "not_depthwise"]
+MIN_FAN_IN = 50
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MimicNorm(Method):
@@ -31,19 +34,26 @@ class MimicNorm(Method):
     Attributes:
       weight_mean: ``"reparameterized"``: the forward pass centres; or ``"projected"``: the
         optimizer does (Appendix C); see ``WeightMeanConv``.
-      min_fan_in: a layer is centred if its fan-in is above this; 50 leaves out the
-        3-channel 3x3 stem (27) and depthwise convolutions (9), whose channels have too
-        few weights (Section 4; the number is that of its authors' code).
+      center: which convolutions are centred. Section 4 leaves out depthwise ones, whose
+        channels have too few weights (9). ``"fan_in"``: those with a fan-in above
+        ``min_fan_in``, which also leaves out the 3-channel 3x3 stem (27) and narrow 1x1
+        convolutions; its authors' rule for CIFAR. ``"not_depthwise"``: all others; their
+        rule for ImageNet.
+      min_fan_in: with ``center="fan_in"``: a layer is centred if its fan-in is above this
+        (unset: 50, the number of its authors' code).
       center_dense: whether the dense layers between convolutions and classifier are
         centred too, as in the networks of Section 3; the experiments of Section 5 centre
-        convolutions only.
+        convolutions only. (SqueezeNet's classifier is a convolution.)
       residual_init: initial value of the scalar at the end of the l-th branch:
         ``"inverse_sqrt"`` 1/sqrt(l) (the paper), ``"inverse"`` 1/l (its authors' code).
       gain: factor of the initial standard deviation of layers whose input is not
         rectified: the stem, and 1x1 convolutions after depthwise ones. Theorem 3 is about
         rectified inputs and says nothing of them; 1 keeps the second moment of an input of
-        mean 0. Its authors' code has about 2 after the depthwise convolutions of
-        ShuffleNetV2 (variance 2/n and a scalar 1.2^2).
+        mean 0. It is also what its authors' code comes to after the depthwise convolutions
+        of ShuffleNetV2: these start at a quarter of our variance (2/36: a fan-in of at
+        least 4 channels), which cancels the scalars 1.2 and 1.2^2 and the variance 2/n
+        of its 1x1 convolutions (second moment after a branch's last 1x1 convolution over
+        the first's: 0.99 there, 0.98 here).
     """
 
     name: ClassVar[str] = "mimicnorm"
@@ -51,7 +61,8 @@ class MimicNorm(Method):
     has_last_bn: ClassVar[bool] = True
 
     weight_mean: WeightMean = "reparameterized"
-    min_fan_in: int = 50
+    center: Center = "fan_in"
+    min_fan_in: int | None = None
     center_dense: bool = False
     residual_init: Literal["inverse_sqrt", "inverse"] = "inverse_sqrt"
     gain: float = 1.0
@@ -62,17 +73,30 @@ class MimicNorm(Method):
             raise unknown("weight_mean", self.weight_mean, get_args(WeightMean))
         if self.residual_init not in ("inverse_sqrt", "inverse"):
             raise unknown("residual_init", self.residual_init, ("inverse_sqrt", "inverse"))
-        if self.min_fan_in < 1:
-            raise UserError(f"min_fan_in must be at least 1, got {self.min_fan_in}")
+        if self.center not in get_args(Center):
+            raise unknown("center", self.center, get_args(Center))
+        if self.min_fan_in is not None:
+            if self.center != "fan_in":
+                raise UserError(
+                    f"min_fan_in = {self.min_fan_in} does not go with center = {self.center!r}; "
+                    "allowed: center = 'fan_in'"
+                )
+            if self.min_fan_in < 1:
+                raise UserError(f"min_fan_in must be at least 1, got {self.min_fan_in}")
         if not self.gain > 0:
             raise UserError(f"gain must be positive, got {self.gain}")
 
     def centers(self, fan_in: int, site: Site) -> bool:
         """Whether the layer at ``site`` is centred."""
-        left_out = site.role == "classifier" or (
-            site.role == "hidden_dense" and not self.center_dense
-        )
-        return self.has_weight_mean and fan_in > self.min_fan_in and not left_out
+        if not self.has_weight_mean:
+            return False
+        if site.role == "classifier" and not site.convolution:
+            return False
+        if site.role == "hidden_dense" and not self.center_dense:
+            return False
+        if self.center == "not_depthwise":
+            return site.role != "depthwise"
+        return fan_in > (MIN_FAN_IN if self.min_fan_in is None else self.min_fan_in)
 
     def residual_scale(self, site: Site) -> float | None:
         """Initial value of the scalar folded into the layer at ``site``, if any."""

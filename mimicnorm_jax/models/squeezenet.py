@@ -15,7 +15,7 @@ STEM_FEATURES = 96
 # (squeeze features, expand features of each of the two kernels) of fire modules 2 to 9
 FIRES = ((16, 64), (16, 64), (32, 128), (32, 128), (48, 192), (48, 192), (64, 256), (64, 256))
 BYPASSED = (3, 5, 7)  # modules whose input is added to their output
-POOLED = (3, 5)  # modules a max-pool follows
+POOLED = (4, 8)  # modules a max-pool follows
 
 
 class Fire(nnx.Module):
@@ -115,7 +115,8 @@ class SqueezeNet(nnx.Module):
             )
             self.fires.append(fire)
             features = fire.out_features
-        self.classifier = method.dense(features, num_classes, site=Site("classifier"), rngs=rngs)
+        site = Site("classifier", convolution=True)
+        self.classifier = method.dense(features, num_classes, site=site, rngs=rngs)
         self.head = method.head(num_classes)
 
     def __call__(self, images: jax.Array, *, keys: jax.Array | None = None) -> jax.Array:

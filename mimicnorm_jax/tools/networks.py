@@ -14,6 +14,7 @@ from absl import app, flags
 from flax import nnx
 
 from mimicnorm_jax.layers.weight_mean import ScaledKernel
+from mimicnorm_jax.methods import Method, create_method
 from mimicnorm_jax.models import BRANCHED, NETWORKS, create_model
 
 METHODS = ("batchnorm", "mimicnorm", "fixup", "weightstandardization", "nonorm")
@@ -43,8 +44,9 @@ class Row(NamedTuple):
     layers: int
 
 
-def measure(network: str, method: str, *, image_size: int, num_classes: int) -> Row:
+def measure(network: str, method: str | Method, *, image_size: int, num_classes: int) -> Row:
     """Builds a network abstractly, without memory or time for its values."""
+    method = create_method(method) if isinstance(method, str) else method
     model = nnx.eval_shape(
         lambda: create_model(
             network,
@@ -63,7 +65,7 @@ def measure(network: str, method: str, *, image_size: int, num_classes: int) -> 
     kernels = [m for _, m in nnx.iter_modules(model) if "kernel" in vars(m)]
     return Row(
         network,
-        method,
+        method.name,
         parameters=sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))),
         flops=cost["flops"],
         centred=sum(isinstance(m, ScaledKernel) and m.weight_mean is not None for m in kernels),
@@ -71,24 +73,29 @@ def measure(network: str, method: str, *, image_size: int, num_classes: int) -> 
     )
 
 
-TITLES = ("network", *(f"{m}, M" for m in METHODS), "forward, GFLOP", "centred layers")
+TITLES = (
+    *("network", *(f"{m}, M" for m in METHODS), "forward, GFLOP"),
+    *("layers", "fan-in above 50", "not depthwise"),
+)
 
 
 def table_line(network: str, *, image_size: int, num_classes: int) -> str:
     """The network's line of the table.
 
     Parameters in millions with each method that fits, operations without normalization,
-    and the number of layers that MimicNorm centres.
+    the number of layers, and how many of them MimicNorm centres by either rule.
     """
+    sizes = {"image_size": image_size, "num_classes": num_classes}
     rows = {
-        method: measure(network, method, image_size=image_size, num_classes=num_classes)
+        method: measure(network, method, **sizes)
         for method in METHODS
         if method != "fixup" or network in BRANCHED
     }
     counts = [f"{rows[m].parameters / 1e6:.3f}" if m in rows else "" for m in METHODS]
-    flops, mimicnorm = rows["nonorm"].flops, rows["mimicnorm"]
-    cells = (network, *counts, f"{flops / 1e9:.2f}", f"{mimicnorm.centred} of {mimicnorm.layers}")
-    return "| " + " | ".join(cells) + " |"
+    flops, few = rows["nonorm"].flops, rows["mimicnorm"]
+    more = measure(network, create_method("mimicnorm", center="not_depthwise"), **sizes)
+    cells = (network, *counts, f"{flops / 1e9:.2f}", few.layers, few.centred, more.centred)
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 import dataclasses
 import pathlib
 import re
+import runpy
 from typing import ClassVar
 
 import jax
@@ -10,6 +11,8 @@ import pytest
 from flax import nnx
 
 import mimicnorm_jax.models
+from mimicnorm_jax.config import method_of
+from mimicnorm_jax.config.packaged import config_files
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers import (
     LastBN,
@@ -22,6 +25,7 @@ from mimicnorm_jax.layers.relu import Relu
 from mimicnorm_jax.methods import METHODS, Method, create_method
 from mimicnorm_jax.methods.base import Site, identity
 from mimicnorm_jax.models import BRANCHED, NETWORKS, create_model
+from tests.models.published import convolutions, layers_of
 
 
 def make(network, method, **options):
@@ -95,8 +99,8 @@ def test_a_method_can_replace_every_activation(network, monkeypatch):
     [
         *(("vgg11", 7), ("vgg16", 12), ("resnet18", 19), ("resnet50", 52), ("resnet20", 18)),
         ("mlp", 2),
-        # all squeezing and all 3x3 convolutions, and the last 2 modules' expanding 1x1s
-        ("squeezenet", 8 + 8 + 2),
+        # all squeezing and all 3x3 convolutions, the last 2 modules' expanding 1x1s, the classifier
+        ("squeezenet", 8 + 8 + 2 + 1),
         # the 1x1 convolutions of 24 units' halves, but for the fan-ins of 24, and the last
         ("shufflenetv2_x1_0", 13 * 2 + 3 * 3 - 2 + 1),
     ],
@@ -108,9 +112,42 @@ def test_the_centred_layers_are_those_with_a_fan_in_above_50(network, centred):
     assert all(np.prod(layer.kernel.shape[:-1]) > 50 for layer in layers)
 
 
-def test_the_large_stem_is_centred():
-    model = nnx.eval_shape(lambda: make("resnet50", "mimicnorm", width=1.0, image_size=224))
-    assert len(modules(model, WeightMeanConv)) == 53
+CENTRED = {
+    "cifar100_resnet18": 19,
+    "cifar100_resnet50": 52,
+    "cifar100_shufflenetv2": 34,
+    "cifar100_squeezenet": 19,
+    "cifar100_vgg11": 7,
+    "cifar100_vgg16": 12,
+    "cifar100_vgg16_lr": 12,
+    "cifar10_folder_resnet20": 18,
+    "digits_resnet20": 18,
+    "imagenet_resnet101": 104,
+    "imagenet_resnet18": 20,
+    "imagenet_resnet50": 53,
+    "imagenet_shufflenetv2_x0_5": 37,
+    "imagenet_vgg16": 13,
+}
+
+
+@pytest.mark.parametrize(("name", "path"), config_files().items(), ids=config_files())
+def test_a_config_centres_the_layers_that_the_authors_do(name, path):
+    """CIFAR: a fan-in above 50. ImageNet: all of one group. By the package and by the list."""
+    config = runpy.run_path(str(path))["get_config"]()
+    image_size = config.data.image_size
+    model = nnx.eval_shape(
+        lambda: make(config.network, method_of(config), width=1.0, image_size=image_size)
+    )
+    centred = modules(model, (WeightMeanConv, WeightMeanDense))
+    assert len(centred) == CENTRED[name]
+    published = layers_of(config.network, classes=10, image_size=32 if image_size < 96 else 224)
+    kinds = [
+        layer.groups == 1 if name.startswith("imagenet") else layer.fan_in > 50
+        for layer in convolutions(published)
+    ]
+    assert len(centred) == sum(kinds) + (config.network == "squeezenet")  # its last one, as dense
+    if name == "imagenet_shufflenetv2_x0_5":
+        assert len(kinds) == 56
 
 
 def test_the_ablations_each_leave_out_one_operation():
@@ -343,6 +380,8 @@ def test_weight_standardization_standardizes_every_convolution_and_normalizes_gr
         ("mimicnorm", {"weight_mean": "twice"}, "reparameterized, projected"),
         ("mimicnorm", {"residual_init": "zero"}, "inverse_sqrt, inverse"),
         ("mimicnorm", {"min_fan_in": 0}, "at least 1"),
+        ("mimicnorm", {"center": "all"}, "fan_in, not_depthwise"),
+        ("mimicnorm", {"center": "not_depthwise", "min_fan_in": 9}, "allowed: center = 'fan_in'"),
         ("fixup", {"scalar_rate": 0.0}, "scalar_rate must be positive"),
         ("nonorm", {"weight_mean": "projected"}, "weight_mean"),
     ],

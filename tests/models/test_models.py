@@ -187,32 +187,6 @@ def test_a_shuffle_unit_interleaves_its_halves_and_passes_one_through():
     np.testing.assert_array_equal(model.units[1](x)[..., ::2], x[..., :24])
 
 
-def test_squeezenet_bypasses_modules_3_5_and_7():
-    model = create_model(
-        "squeezenet", method="nonorm", num_classes=3, image_size=32, rngs=nnx.Rngs(0)
-    )
-    assert [fire.merge is not None for fire in model.fires] == [
-        number in (3, 5, 7) for number in range(2, 10)
-    ]
-    fire = model.fires[1]
-    x = nnx.relu(jax.random.normal(jax.random.key(0), (1, 4, 4, 128)))
-    bypassed = fire(x)
-    fire.merge = None
-    np.testing.assert_allclose(bypassed, x + fire(x), rtol=1e-6)
-    assert bypassed.shape == x.shape
-
-
-def test_the_stride_of_a_bottleneck_is_in_its_3x3_convolution():
-    model = nnx.eval_shape(
-        lambda: create_model(
-            "resnet50", method="nonorm", num_classes=10, image_size=32, rngs=nnx.Rngs(0)
-        )
-    )
-    strides = [tuple(unit.conv.strides[0] for unit in block.branch) for block in model.blocks]
-    assert strides.count((1, 2, 1)) == 3
-    assert strides.count((1, 1, 1)) == 13
-
-
 def test_the_two_dropouts_of_vgg_draw_different_masks():
     model = create_model(
         "vgg11", method="nonorm", num_classes=3, image_size=32, width=1 / 16, rngs=nnx.Rngs(0)

@@ -24,7 +24,7 @@ CENTRED = {
     **{f"resnet{depth}": depth + 1 for depth in (18, 34)},
     **{f"resnet{depth}": depth + 2 for depth in (50, 101, 152)},
     **{f"resnet{depth}": depth - 2 for depth in (8, 20, 32, 44, 56, 110)},
-    "squeezenet": 18,
+    "squeezenet": 19,
     "shufflenetv2_x0_5": 10,
     "shufflenetv2_x1_0": 34,
     "shufflenetv2_x1_5": 34,
