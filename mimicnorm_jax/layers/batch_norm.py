@@ -10,13 +10,15 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
+from mimicnorm_jax.layers.last_bn import update_average
 from mimicnorm_jax.layers.weight_mean import at_least_float32
 
 
-class ShiftedBatchNorm(nnx.BatchNorm):
-    """BatchNorm of the last axis, with the parameters and statistics of ``nnx.BatchNorm``.
+class ShiftedBatchNorm(nnx.Module):
+    """BatchNorm of the last axis (Ioffe and Szegedy 2015).
 
-    Ioffe and Szegedy 2015. It differs from Flax's in two things:
+    Parameters and statistics have the names that they have in ``nnx.BatchNorm``, from which it
+    differs in two things:
 
     - The variance is ``E[(x - r)^2] - E[x - r]^2`` with r the running mean: like
       ``E[x^2] - E[x]^2`` it needs one pass over the input, and unlike that it does not cancel
@@ -32,7 +34,11 @@ class ShiftedBatchNorm(nnx.BatchNorm):
       dtype: type of the output; None: that of the input.
       param_dtype: type of the parameters and, if it is wider than float32, of the statistics.
       axis_name: mapped axis over whose members the statistics are averaged.
-      rngs: for the initial values.
+
+    Attributes:
+      scale, bias: of the output, ``(C,)``.
+      mean, var: the running averages ``(C,)``.
+      use_running_average: ``model.eval()`` and ``model.train()`` set it.
     """
 
     def __init__(
@@ -44,20 +50,17 @@ class ShiftedBatchNorm(nnx.BatchNorm):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         axis_name: str | None = None,
-        rngs: nnx.Rngs,
     ):
-        super().__init__(
-            num_features,
-            momentum=momentum,
-            epsilon=epsilon,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            axis_name=axis_name,
-            rngs=rngs,
-        )
+        self.scale = nnx.Param(jnp.ones((num_features,), param_dtype))
+        self.bias = nnx.Param(jnp.zeros((num_features,), param_dtype))
         wide = at_least_float32(param_dtype)
         self.mean = nnx.BatchStat(jnp.zeros((num_features,), wide))
         self.var = nnx.BatchStat(jnp.ones((num_features,), wide))
+        self.use_running_average = False
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.axis_name = axis_name
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes ``(..., C)``, in training by all axes but the last."""
@@ -65,11 +68,12 @@ class ShiftedBatchNorm(nnx.BatchNorm):
         running = self.mean[...].astype(wide)
         shifted = x.astype(wide) - _channels(running, x.ndim)
         if self.use_running_average:
-            offset, var = None, self.var[...].astype(wide)
+            var = self.var[...].astype(wide)
         else:
             offset, var, count = self._moments(shifted)
-            self._update(self.mean, running + offset)
-            self._update(self.var, var * (count / max(count - 1, 1)))
+            unbiased = var * (count / max(count - 1, 1))
+            update_average(self.mean, running + offset, self.momentum)
+            update_average(self.var, unbiased, self.momentum)
             shifted = shifted - _channels(offset, x.ndim)
         factor = lax.rsqrt(var + self.epsilon) * self.scale[...].astype(wide)
         y = shifted * _channels(factor, x.ndim) + _channels(self.bias[...].astype(wide), x.ndim)
@@ -84,10 +88,6 @@ class ShiftedBatchNorm(nnx.BatchNorm):
             count *= lax.axis_size(self.axis_name)
             first, second = lax.pmean((first, second), self.axis_name)
         return first, jnp.maximum(second - jnp.square(first), 0.0), count
-
-    def _update(self, average: nnx.BatchStat[jax.Array], value: jax.Array) -> None:
-        new = self.momentum * average[...] + (1 - self.momentum) * lax.stop_gradient(value)
-        average[...] = new.astype(average[...].dtype)
 
 
 def _channels(values: jax.Array, ndim: int) -> jax.Array:

@@ -38,6 +38,12 @@ def _normalize(x: jax.Array, mean: jax.Array, var: jax.Array, epsilon: float) ->
     return (x - mean[None]) * lax.rsqrt(var + epsilon)[None]
 
 
+def update_average(average: nnx.BatchStat[jax.Array], value: jax.Array, momentum: float) -> None:
+    """Takes a batch's value into a running average, whose old value has the weight ``momentum``."""
+    new = momentum * average[...] + (1 - momentum) * lax.stop_gradient(value)
+    average[...] = new.astype(average[...].dtype)
+
+
 class LastBN(nnx.Module):
     """The affine-free BatchNorm on ``(B, C)`` logits (Section 4, "Last BN Layer").
 
@@ -91,13 +97,9 @@ class LastBN(nnx.Module):
             mean, var = self.mean[...], self.var[...]
         else:
             mean, var, count = _batch_moments(logits, self.axis_name)
-            self._update(self.mean, mean)
-            self._update(self.var, var * (count / (count - 1)))
+            update_average(self.mean, mean, self.momentum)
+            update_average(self.var, var * (count / (count - 1)), self.momentum)
         return _normalize(logits, mean, var, self.epsilon)
-
-    def _update(self, average: nnx.BatchStat[jax.Array], value: jax.Array) -> None:
-        new = self.momentum * average[...] + (1 - self.momentum) * lax.stop_gradient(value)
-        average[...] = new.astype(average[...].dtype)
 
 
 def last_bn_cross_entropy(

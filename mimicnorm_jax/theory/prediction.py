@@ -12,6 +12,7 @@ from flax import nnx
 
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers import LastBN, ScaledConv, ScaledDense
+from mimicnorm_jax.layers.batch_norm import ShiftedBatchNorm
 from mimicnorm_jax.layers.relu import Relu, relu
 from mimicnorm_jax.layers.weight_mean import ScaledKernel
 from mimicnorm_jax.methods.base import Upcast, add, identity
@@ -96,13 +97,14 @@ def _(layer: FixupDense, x: Signal) -> Signal:
     return predict(layer.dense, signal.shift(x, layer.bias_in[...]))
 
 
-def _affine(norm: nnx.BatchNorm | nnx.GroupNorm) -> tuple[jax.Array, jax.Array]:
+def _affine(norm: nnx.BatchNorm | ShiftedBatchNorm | nnx.GroupNorm) -> tuple[jax.Array, jax.Array]:
     scale = jnp.ones(1) if norm.scale is None else norm.scale[...]
     return scale, jnp.zeros(1) if norm.bias is None else norm.bias[...]
 
 
-@predict.register
-def _(norm: nnx.BatchNorm, x: Signal) -> Signal:
+@predict.register(nnx.BatchNorm)
+@predict.register(ShiftedBatchNorm)
+def _(norm: nnx.BatchNorm | ShiftedBatchNorm, x: Signal) -> Signal:
     return normalization.batch_norm(x, *_affine(norm))
 
 

@@ -52,27 +52,58 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss and accuracy over the whole test split, every example once.
 
-    Uses the averaged parameters where the run keeps them.
-
     Args:
       experiment: whose network and data.
-      state: on its devices.
+      state: on its devices; where the run averages its parameters, see ``averaged``.
       on_batch: called after each batch; may raise to end the evaluation.
 
     Returns:
       ``test_loss``, ``test_accuracy`` (in [0, 1]) and ``test_examples``.
     """
+    state = averaged(experiment, state, on_batch)
     sums = collections.Counter[str]()
     batches = _batches(experiment, experiment.test_data, "evaluating", on_batch)
     with contextlib.closing(batches):
         for batch in batches:
-            metrics = experiment.eval_step(state.evaluated_params, state.batch_stats, batch)
+            metrics = experiment.eval_step(state.params, state.batch_stats, batch)
             sums.update({name: value.item() for name, value in metrics.items()})
     return {
         "test_loss": sums["loss"] / sums["count"],
         "test_accuracy": sums["correct"] / sums["count"],
         "test_examples": sums["count"],
     }
+
+
+def averaged(
+    experiment: Experiment, state: TrainState, on_batch: OnBatch = _no_action
+) -> TrainState:
+    """The averaged parameters in place of the last ones, with statistics of their own.
+
+    Running statistics are those of the parameters that are trained: with them averaged ones may
+    be no better than chance. So they are estimated: the means, over ``optimizer.ema_batches``
+    batches of training, of what the norms would keep of each, with the averaged parameters and
+    without dropout. The batches are those that come after ``state.step``, as training will see
+    them: the same whenever, and on however many devices, that state is evaluated.
+
+    Arguments as for ``evaluate``.
+
+    Returns:
+      The state to be evaluated (not to train on), without averages; where the run averages
+      nothing, the state as it is.
+    """
+    if state.ema_params is None:
+        return state
+    mesh, params, running = experiment.mesh, state.ema_params, state.batch_stats
+    total = replicate(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), running), mesh)
+    if jax.tree.leaves(total):
+        first = int(state.step)
+        last = first + experiment.config.optimizer.ema_batches
+        with contextlib.closing(experiment.batches(first, last)) as batches:
+            for step, batch in enumerate(batches, start=first):
+                number = replicate(np.array(step, np.int32), mesh)
+                total = experiment.statistics_step(params, running, batch, number, total)
+                on_batch()
+    return dataclasses.replace(state, params=params, batch_stats=total, ema_params=None)
 
 
 def recalibrate(
@@ -96,12 +127,13 @@ def recalibrate(
             f"method {experiment.config.method!r} has no last BN whose statistics could be "
             "recalibrated"
         )
+    state = averaged(experiment, state, on_batch)
     count, first, second = 0, np.zeros(()), np.zeros(())
     batches = _batches(experiment, experiment.train_data, "recalibrating", on_batch)
     with contextlib.closing(batches):
         for batch in batches:
             moments = jax.device_get(
-                experiment.moments_step(state.evaluated_params, state.batch_stats, batch)
+                experiment.moments_step(state.params, state.batch_stats, batch)
             )
             count += int(moments["count"])
             first = first + moments["first"].astype(np.float64)

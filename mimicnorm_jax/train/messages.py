@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 from typing import Any
 
+import jax
 from clu import parameter_overview
 
 from mimicnorm_jax.config import flatten
@@ -30,6 +31,12 @@ def introduce(experiment: Experiment, workdir: pathlib.Path) -> None:
         f"everything goes to {workdir}",
         flush=True,
     )
+    if config.optimizer.ema_decay and jax.tree.leaves(experiment.abstract_state.batch_stats):
+        print(
+            "averaged parameters are evaluated, with statistics estimated on "
+            f"{config.optimizer.ema_batches} training batches each time",
+            flush=True,
+        )
 
 
 def resumed(experiment: Experiment, step: int, before: dict[str, Any]) -> str:

@@ -55,6 +55,8 @@ class Network:
       train_graph: static structure of the module in training mode.
       eval_graph: the same in evaluation mode.
       measure_graph: the same in evaluation mode, without the last BN.
+      statistics_graph: the same in evaluation mode, but that the norms take the batch's
+        statistics, and keep those of the last batch in place of running averages.
       last_bn: path of the last BN's statistics in the batch statistics; None without one.
       weight_mean_mask: which parameters ``project_weight_mean`` keeps centred.
     """
@@ -62,6 +64,7 @@ class Network:
     train_graph: nnx.GraphDef[Any]
     eval_graph: nnx.GraphDef[Any]
     measure_graph: nnx.GraphDef[Any]
+    statistics_graph: nnx.GraphDef[Any]
     last_bn: tuple[Any, ...] | None
     weight_mean_mask: Tree
 
@@ -97,6 +100,12 @@ class Network:
         """Logits ``(B, num_classes)`` as they reach the last BN."""
         return nnx.merge(self.measure_graph, params, batch_stats, copy=True)(images)
 
+    def apply_statistics(self, params: Tree, batch_stats: Tree, images: jax.Array) -> Tree:
+        """The statistics of one batch in place of the running ones; dropout drops nothing."""
+        model: Any = nnx.merge(self.statistics_graph, params, batch_stats, copy=True)
+        model(images)
+        return nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+
     def last_bn_statistics(self, batch_stats: Tree) -> dict[str, jax.Array]:
         """The last BN's ``mean`` and ``var`` ``(num_classes,)``: a part of ``batch_stats``."""
         for key in self.last_bn or ():
@@ -120,11 +129,17 @@ def split_network(create: Callable[[], nnx.Module]) -> tuple[Network, Callable[[
     train_graph = nnx.split(abstract, nnx.Param, nnx.BatchStat)[0]
     abstract.eval()
     eval_graph = nnx.graphdef(abstract)
-    last_bn = None
+    last_bn, measure_graph = None, eval_graph
     for path, module in nnx.iter_modules(abstract):
         if isinstance(module, LastBN):
             last_bn, module.pass_through = path, True
-    network = Network(train_graph, eval_graph, nnx.graphdef(abstract), last_bn, mask)
+            measure_graph = nnx.graphdef(abstract)
+            module.pass_through = False
+    norms: list[Any] = [m for _, m in nnx.iter_modules(abstract) if hasattr(m, "momentum")]
+    for norm in norms:
+        norm.use_running_average, norm.momentum = False, 0.0
+    statistics_graph = nnx.graphdef(abstract)
+    network = Network(train_graph, eval_graph, measure_graph, statistics_graph, last_bn, mask)
 
     def initial_values() -> tuple[Tree, ...]:
         model = create()

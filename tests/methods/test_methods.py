@@ -21,6 +21,7 @@ from mimicnorm_jax.layers import (
     WeightStandardizedConv,
     WeightStandardizedDense,
 )
+from mimicnorm_jax.layers.batch_norm import ShiftedBatchNorm
 from mimicnorm_jax.layers.relu import Relu
 from mimicnorm_jax.methods import METHODS, Method, create_method
 from mimicnorm_jax.methods.base import Site, identity
@@ -247,7 +248,7 @@ def test_an_activation_knows_whether_a_normalization_precedes_it(name):
 def test_batchnorm_has_one_norm_a_convolution_and_global_statistics_only_if_asked():
     for bn_sync, axis in (("local", None), ("global", "data")):
         method = create_method("batchnorm", bn_sync=bn_sync, axis_name="data")
-        norms = modules(make("resnet20", method), nnx.BatchNorm)
+        norms = modules(make("resnet20", method), ShiftedBatchNorm)
         assert len(norms) == 19
         assert all(norm.axis_name == axis and norm.momentum == 0.9 for norm in norms)
 
@@ -349,7 +350,7 @@ def test_skipinit_starts_as_the_shortcuts_alone(network):
         assert end.scale[...] == 0.0 and jnp.std(end.kernel[...]) > 0
         np.testing.assert_array_equal(block.branch[-1](branch), 0.0)
         x = block(x)
-    assert not modules(model, (WeightMeanConv, LastBN, nnx.BatchNorm))
+    assert not modules(model, (WeightMeanConv, LastBN, ShiftedBatchNorm))
 
 
 def test_weight_standardization_standardizes_every_convolution_and_normalizes_groups():
