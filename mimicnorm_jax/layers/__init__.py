@@ -2,6 +2,7 @@
 
 from mimicnorm_jax.layers.dropout import Dropout
 from mimicnorm_jax.layers.last_bn import LastBN, cross_entropy, last_bn_cross_entropy
+from mimicnorm_jax.layers.loss_floor import last_bn_loss_floor
 from mimicnorm_jax.layers.projection import project_weight_mean, weight_mean_mask
 from mimicnorm_jax.layers.weight_mean import (
     ScaledConv,
@@ -32,6 +33,7 @@ __all__ = [
     "center_kernel",
     "cross_entropy",
     "last_bn_cross_entropy",
+    "last_bn_loss_floor",
     "project_weight_mean",
     "stable_normal",
     "stable_variance",

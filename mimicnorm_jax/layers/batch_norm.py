@@ -34,6 +34,7 @@ class ShiftedBatchNorm(nnx.Module):
       dtype: type of the output; None: that of the input.
       param_dtype: type of the parameters and, if it is wider than float32, of the statistics.
       axis_name: mapped axis over whose members the statistics are averaged.
+      rngs: the ``params`` stream is used.
 
     Attributes:
       scale, bias: of the output, ``(C,)``.
@@ -50,9 +51,12 @@ class ShiftedBatchNorm(nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         axis_name: str | None = None,
+        rngs: nnx.Rngs,
     ):
-        self.scale = nnx.Param(jnp.ones((num_features,), param_dtype))
-        self.bias = nnx.Param(jnp.zeros((num_features,), param_dtype))
+        # A key each, as in Flax: so the layers that follow start as they do there.
+        ones, zeros = nnx.initializers.ones_init(), nnx.initializers.zeros_init()
+        self.scale = nnx.Param(ones(rngs.params(), (num_features,), param_dtype))
+        self.bias = nnx.Param(zeros(rngs.params(), (num_features,), param_dtype))
         wide = at_least_float32(param_dtype)
         self.mean = nnx.BatchStat(jnp.zeros((num_features,), wide))
         self.var = nnx.BatchStat(jnp.ones((num_features,), wide))

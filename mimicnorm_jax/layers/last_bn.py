@@ -49,7 +49,8 @@ class LastBN(nnx.Module):
 
     Training normalizes by the batch's mean and biased variance and keeps running
     averages, of the unbiased variance as PyTorch does; evaluation normalizes by those.
-    Everything is computed in at least float32.
+    Everything is computed in at least float32. The training loss has a floor: see
+    ``last_bn_loss_floor``.
 
     Args:
       num_features: C, the number of classes.

@@ -64,4 +64,5 @@ class BatchNorm(Method):
             dtype=self.precision.dtype,
             param_dtype=self.precision.param_dtype,
             axis_name=self.axis_name if self.bn_sync == "global" else None,
+            rngs=rngs,
         )

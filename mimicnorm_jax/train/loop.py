@@ -107,7 +107,7 @@ class _Loop:
         self._host: TrainState | None = None  # the present state, once it was looked at
         self._restore()
         self._first_step = self._step = int(self._state.step)
-        self._in_flight = Pending()
+        self._in_flight = Pending(self._config.optimizer.label_smoothing)
         speaks = coordination.is_first()
         if speaks:
             self._records.open(workdir, self._step, lock)

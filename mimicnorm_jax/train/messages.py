@@ -7,11 +7,16 @@ from typing import Any
 
 import jax
 from clu import parameter_overview
+from ml_collections import ConfigDict
 
 from mimicnorm_jax.config import flatten
+from mimicnorm_jax.layers import last_bn_loss_floor
+from mimicnorm_jax.layers.loss_floor import expected_loss_floor
 from mimicnorm_jax.train.provenance import hardware
 from mimicnorm_jax.train.setup import Experiment
 from mimicnorm_jax.train.workdir import Summary
+
+_MUCH_ABOVE = 0.25  # nats
 
 
 def introduce(experiment: Experiment, workdir: pathlib.Path) -> None:
@@ -31,12 +36,33 @@ def introduce(experiment: Experiment, workdir: pathlib.Path) -> None:
         f"everything goes to {workdir}",
         flush=True,
     )
+    if experiment.network.last_bn is not None:
+        print(loss_floor(config, len(experiment.train_data.source.class_names)), flush=True)
     if config.optimizer.ema_decay and jax.tree.leaves(experiment.abstract_state.batch_stats):
         print(
             "averaged parameters are evaluated, with statistics estimated on "
             f"{config.optimizer.ema_batches} training batches each time",
             flush=True,
         )
+
+
+def loss_floor(config: ConfigDict, num_classes: int) -> str:
+    """Below what the last BN does not let the training loss, and what could be done."""
+    smoothing, batch = config.optimizer.label_smoothing, config.batch_size
+    floor = expected_loss_floor(num_classes, batch, label_smoothing=smoothing)
+    least = last_bn_loss_floor([1] * num_classes, label_smoothing=smoothing)
+    line = (
+        f"the last BN keeps the training loss above about {floor:.3g}, however well the network "
+        f"learns: batches of {batch}, {num_classes} classes"
+    )
+    if batch == 2:
+        line += "; with 2 examples its outputs are +1 and -1, whatever goes in, and nothing learns"
+    if floor > least + _MUCH_ABOVE:
+        line = (
+            f"WARNING: {line} ({least:.3g} with larger ones); raise config.batch_size, and "
+            "config.micro_batches where memory is short"
+        )
+    return line
 
 
 def resumed(experiment: Experiment, step: int, before: dict[str, Any]) -> str:

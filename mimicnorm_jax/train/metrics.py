@@ -13,10 +13,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
+
+from mimicnorm_jax.layers import last_bn_loss_floor
 
 Row = dict[str, Any]
 
@@ -24,9 +25,14 @@ _SECONDS_BETWEEN_FLUSHES = 10.0  # of event files: each waits for the disk
 
 
 class Pending:
-    """Metrics of calls of the devices that may not have been computed yet."""
+    """Metrics of calls of the devices that may not have been computed yet.
 
-    def __init__(self) -> None:
+    Args:
+      label_smoothing: of the loss.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self._label_smoothing = label_smoothing
         self._calls: collections.deque[tuple[int, int, dict[str, jax.Array]]] = collections.deque()
 
     def __len__(self) -> int:
@@ -37,9 +43,21 @@ class Pending:
         self._calls.append((first_step, count, metrics))
 
     def take(self) -> Iterator[tuple[int, dict[str, float]]]:
-        """Waits for the oldest call; yields the number and the metrics of each of its steps."""
+        """Waits for the oldest call; yields the number and the metrics of each of its steps.
+
+        In place of ``class_counts`` there is ``loss_floor``: what the last BN makes the least
+        loss of that batch.
+        """
         first, count, metrics = self._calls.popleft()
-        rows = {name: np.atleast_1d(jax.device_get(x)).tolist() for name, x in metrics.items()}
+        found = jax.device_get(metrics)
+        if found["loss"].ndim == 0:  # of a single step
+            found = {name: x[None] for name, x in found.items()}
+        floors = [
+            last_bn_loss_floor(counts, label_smoothing=self._label_smoothing)
+            for counts in found.pop("class_counts", [])[:count]
+        ]
+        rows = {name: x.tolist() for name, x in found.items()}
+        rows |= {"loss_floor": floors} if floors else {}
         for i in range(count):
             yield first + i, {name: values[i] for name, values in rows.items()}
 
@@ -119,6 +137,8 @@ def evaluations(workdir: pathlib.Path) -> list[Row]:
 def plot_curves(workdir: pathlib.Path, title: str) -> pathlib.Path:
     """Draws loss, accuracy and learning rate over the epochs into ``curves.png``.
 
+    With a last BN also the least loss that the batches of training allow.
+
     Args:
       workdir: the run's folder, with its ``metrics.jsonl``.
       title: of the picture.
@@ -133,8 +153,9 @@ def plot_curves(workdir: pathlib.Path, title: str) -> pathlib.Path:
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
+    least = ("train_loss_floor", "least of train")
     panels = (
-        ("loss", (("train_loss", "train"), ("test_loss", "test"))),
+        ("loss", (("train_loss", "train"), ("test_loss", "test"), least)),
         ("accuracy (%)", (("train_accuracy", "train"), ("test_accuracy", "test"))),
         ("learning rate", (("learning_rate", None),)),
     )
@@ -147,7 +168,8 @@ def plot_curves(workdir: pathlib.Path, title: str) -> pathlib.Path:
             if "accuracy" in name:
                 values = tuple(100 * value for value in values)
             is_test = name.startswith("test")
-            axes.plot(epochs, values, label=legend, marker="o" if is_test else None, ms=3)
+            style = {"ls": ":", "color": "gray"} if name == least[0] else {}
+            axes.plot(epochs, values, label=legend, marker="o" if is_test else None, ms=3, **style)
             if is_test:
                 axes.annotate(
                     f"{values[-1]:.4g}",

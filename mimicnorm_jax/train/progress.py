@@ -57,8 +57,9 @@ class Progress:
         if self._quiet:
             return
         step, speed = row["step"], row["images_per_second"]
+        floor = f"(at least {row['train_loss_floor']:.4f}) " if "train_loss_floor" in row else ""
         text = (
-            f"epoch {row['epoch']:.1f} loss {row['train_loss']:.4f} "
+            f"epoch {row['epoch']:.1f} loss {row['train_loss']:.4f} {floor}"
             f"acc {100 * row['train_accuracy']:.1f}% lr {row['learning_rate']:.3g} "
             + (f"{speed:.0f} images/s" if speed is not None else "")
         ).rstrip()

@@ -54,7 +54,9 @@ class Records:
     def log(self, step: int, epoch: float, batch_size: int, speed: Throughput) -> Row:
         """Writes the metrics of the steps since the last time as one row, and returns it."""
         rows, self.since_log = self.since_log, []
-        losses = [row["loss"] for row in rows if math.isfinite(row["loss"])]
+        good = [row for row in rows if math.isfinite(row["loss"])]
+        losses = [row["loss"] for row in good]
+        floors = [row["loss_floor"] for row in good if "loss_floor" in row]
         row = {
             "step": step,
             "epoch": epoch,
@@ -65,6 +67,8 @@ class Records:
             "images_per_second": speed.rate(),
             "input_wait_fraction": speed.wait_fraction,
         }
+        if floors:
+            row["train_loss_floor"] = sum(floors) / len(floors)
         if "skipped" in rows[-1]:
             row["skipped_steps"] = rows[-1]["skipped"]
         self._write(row)

@@ -65,7 +65,8 @@ def make_train_step(
       ``step(state, batch) -> (state, metrics)``; the old state is donated. ``batch`` has
       ``image`` uint8 ``(B, H, W, C)`` and ``label`` int32 ``(B,)``, spread over the mesh.
       Metrics, of the global batch: ``loss``, ``correct`` (count), ``learning_rate``,
-      ``gradient_norm``; where steps may be skipped also ``skipped`` (count so far).
+      ``gradient_norm``; where steps may be skipped also ``skipped`` (count so far); with a last
+      BN also ``class_counts`` ``(num_classes,)``, the examples of each class.
     """
     options = config.optimizer
     inputs_of = _make_inputs(config, precision=precision, mean=mean, std=std)
@@ -109,6 +110,9 @@ def make_train_step(
             "learning_rate": jnp.asarray(schedule(state.step), loss.dtype),
             "gradient_norm": optax.global_norm(grads),
         }
+        if network.last_bn is not None:  # which bounds the loss by them
+            counts = jnp.zeros(logits.shape[-1], jnp.int32).at[labels].add(1)
+            metrics["class_counts"] = lax.psum(counts, DATA_AXIS)
         new_state = TrainState(
             step=state.step + 1,
             params=params,

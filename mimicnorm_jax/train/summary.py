@@ -28,7 +28,8 @@ def summarize(
       The summary: the results, what the run was made with, and the SHA-256 of the final state.
     """
     config = experiment.config
-    losses = [row["train_loss"] for row in read_rows(workdir) if "train_loss" in row]
+    trained = [row for row in read_rows(workdir) if "train_loss" in row]
+    last = trained[-1] if trained else {}
     fields = provenance.config_as_json(config)
     summary = results | {
         "method": config.method,
@@ -36,7 +37,8 @@ def summarize(
         "num_parameters": count_parameters(state.params),
         "steps": int(state.step),
         "skipped_steps": None if state.skipped is None else int(state.skipped),
-        "final_train_loss": losses[-1] if losses else None,
+        "final_train_loss": last.get("train_loss"),
+        "final_train_loss_floor": last.get("train_loss_floor"),
         "state_sha256": digest(state),
         "data": experiment.data_identity,
         "config": fields,

@@ -26,6 +26,8 @@ RUN = (
     *TINY,
     *("--config.checkpoint_every=0.2", "--config.eval_every=0.5", "--config.keep_checkpoints=3"),
     f"--config.log_every={LOG_EVERY}",
+    # averages are a part of the state, and each evaluation estimates their statistics
+    *("--config.optimizer.ema_decay=0.9", "--config.optimizer.ema_batches=2"),
 )
 TIMED = ("images_per_second", "input_wait_fraction")
 _SECONDS_TO_END = 60

@@ -12,7 +12,7 @@ def both(features, **options):
     """Ours and Flax's, with the same parameters and statistics that are not those of the start."""
     layers = []
     flaxs = nnx.BatchNorm(features, momentum=0.9, rngs=nnx.Rngs(0), **options)
-    for layer in (ShiftedBatchNorm(features, **options), flaxs):
+    for layer in (ShiftedBatchNorm(features, rngs=nnx.Rngs(0), **options), flaxs):
         key = jax.random.key(7)
         layer.scale[...] = 1 + 0.3 * jax.random.normal(key, (features,), layer.scale.dtype)
         layer.bias[...] = jax.random.normal(key, (features,), layer.bias.dtype)
@@ -71,11 +71,11 @@ def test_statistics_over_a_mapped_axis_are_those_of_the_whole_batch(float64):
         y = layer(x)
         return y, layer.mean[...], layer.var[...]
 
-    whole = run(ShiftedBatchNorm(2, param_dtype=jnp.float64), x)
+    whole = run(ShiftedBatchNorm(2, param_dtype=jnp.float64, rngs=nnx.Rngs(0)), x)
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
     def part(x):
-        layer = ShiftedBatchNorm(2, param_dtype=jnp.float64, axis_name="data")
+        layer = ShiftedBatchNorm(2, param_dtype=jnp.float64, axis_name="data", rngs=nnx.Rngs(0))
         return run(layer, x)
 
     parts = jax.jit(
@@ -87,7 +87,7 @@ def test_statistics_over_a_mapped_axis_are_those_of_the_whole_batch(float64):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_bfloat16_is_the_type_of_the_result_only(training):
-    layer = ShiftedBatchNorm(2, dtype=jnp.bfloat16)
+    layer = ShiftedBatchNorm(2, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
     x = (100 + jax.random.normal(jax.random.key(1), (64, 4, 4, 2))).astype(jnp.bfloat16)
     for _ in range(100):
         layer(x)

@@ -151,6 +151,18 @@ def test_a_config_centres_the_layers_that_the_authors_do(name, path):
         assert len(kinds) == 56
 
 
+@pytest.mark.parametrize(("gain", "ratio"), [(1.0, 0.98), (2.0, 3.94)])
+def test_gain_1_keeps_the_second_moment_through_a_shuffle_branch(gain, ratio):
+    """After its last convolution over after its first; the authors' code comes to 0.99."""
+    method = create_method("mimicnorm", gain=gain, center="not_depthwise")
+    model = make("shufflenetv2_x1_0", method, width=1.0)
+    first, depthwise, last = model.units[1].branch
+    x = nnx.relu(jax.random.normal(jax.random.key(0), (64, 28, 28, 58)))
+    before = first.conv(x)
+    after = last.conv(depthwise(nnx.relu(before)))
+    assert jnp.mean(after**2) / jnp.mean(before**2) == pytest.approx(ratio, rel=0.08)
+
+
 def test_the_ablations_each_leave_out_one_operation():
     both, no_last, no_mean, none = (
         make("resnet20", name, width=1.0)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from mimicnorm_jax.errors import NonFiniteError, UserError
+from mimicnorm_jax.layers import last_bn_loss_floor
 from mimicnorm_jax.train import loop
 from mimicnorm_jax.train.checkpoint import Checkpoints
 from mimicnorm_jax.train.evaluation import evaluate_run
@@ -69,6 +70,15 @@ def test_a_run_leaves_what_is_promised(finished):
     assert evaluations[-1]["test_accuracy"] == summary["final_test_accuracy"]
     assert training[-1]["train_loss"] < training[0]["train_loss"]
     assert training[0]["learning_rate"] == pytest.approx(0.1 * 4 / 22, rel=0.01)  # of step 4
+
+    # the least that the batches allow stands beside the loss
+    assert "the last BN keeps the training loss above about 0.37" in output
+    assert "(at least 0." in output
+    batches = [set_up(config).train_data.batch(step)["label"] for step in range(5)]
+    floors = [last_bn_loss_floor(np.bincount(labels, minlength=10)) for labels in batches]
+    assert training[0]["train_loss_floor"] == pytest.approx(np.mean(floors), rel=1e-6)
+    assert all(row["train_loss"] > row["train_loss_floor"] > 0.278 for row in training)
+    assert summary["final_train_loss_floor"] == training[-1]["train_loss_floor"]
 
     # evaluating the folder again finds the same numbers
     results = evaluate_run(config, workdir, exact=True)

@@ -1,8 +1,8 @@
-"""What a resumed run says of the devices it was moved to."""
+"""What a run says of its loss, and a resumed one of the devices it was moved to."""
 
 import pytest
 
-from mimicnorm_jax.train.messages import resumed
+from mimicnorm_jax.train.messages import loss_floor, resumed
 from mimicnorm_jax.train.provenance import hardware
 from mimicnorm_jax.train.setup import set_up
 
@@ -24,3 +24,19 @@ def test_only_what_normalizes_per_device_is_warned_of(overrides, warns, tiny_con
     assert ("WARNING: batchnorm normalizes per device" in line) == warns
     if warns:
         assert "from now on over 8 examples, not 16" in line
+
+
+@pytest.mark.parametrize(
+    ("batch", "classes", "warns", "says"),
+    [
+        (64, 10, False, "above about 0.323,"),
+        (256, 1000, False, "above about 0.0015"),
+        (32, 100, True, "0.00426 with larger ones"),
+        (2, 10, True, "with 2 examples its outputs are +1 and -1"),
+    ],
+)
+def test_small_batches_are_warned_of(batch, classes, warns, says, tiny_config):
+    line = loss_floor(tiny_config(batch_size=batch), classes)
+    assert says in line and f"batches of {batch}, {classes} classes" in line
+    assert line.startswith("WARNING") == warns
+    assert ("config.micro_batches" in line) == warns

@@ -144,7 +144,8 @@ def train(experiment: Experiment, note: Callable[[Record], None]) -> Record:
       The record: configuration, accuracies in [0, 1], speed, versions, machine.
     """
     config, began = experiment.config, time.monotonic()
-    state, throughput, in_flight = experiment.initial_state(), Throughput(), Pending()
+    state, throughput = experiment.initial_state(), Throughput()
+    in_flight = Pending(config.optimizer.label_smoothing)
     rows: list[dict[str, float]] = []
     curve: list[Record] = []
     record: Record = _origin(experiment) | {
