@@ -76,7 +76,7 @@ def test_the_multiplier_does_to_branches_what_batch_norm_does(digits):
     assert sums["no multiplier"][-1] / sums["no multiplier"][0] > 2**5 / 2  # doubles each time
 
 
-@pytest.mark.parametrize("name", ["figure8", "figure9"])
+@pytest.mark.parametrize("name", ["figure8", pytest.param("figure9", marks=pytest.mark.long)])
 def test_pairs_of_images_through_depth(name, digits, tmp_path):
     numbers = _drawn(name, FIGURES[name].compute(digits, True), tmp_path)
     expected = {"figure8": ["straight"], "figure9": ["batch_norm", "weight_mean"]}[name]

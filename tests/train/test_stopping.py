@@ -8,7 +8,7 @@ import pytest
 from tests.runs import EVERY_STEP, LONG, Run, continues, logged_step, rows, saved_steps
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_sigterm_during_an_evaluation_saves_at_once(count, tmp_path, tiny):
     """The evaluation is made up for by the run that resumes."""
     extra = (
@@ -33,7 +33,9 @@ def test_sigterm_during_an_evaluation_saves_at_once(count, tmp_path, tiny):
     assert evaluated == [8, 9]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.long), signal.SIGINT]
+)
 def test_a_signal_to_one_of_two_processes_stops_both_at_one_step(number, tmp_path, tiny):
     """With a save of every step there is always one under way.
 
