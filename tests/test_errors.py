@@ -36,6 +36,11 @@ CASES = {
     "out of range": Case(
         ["--config.learning_rate=-1"], "config.learning_rate = -1.0 is not allowed"
     ),
+    "config in a word of its own": Case(
+        ["--config", "digits_resnet20", "--config.epochs=0"],
+        "config.epochs = 0.0 is not allowed",
+        config=None,
+    ),
     "no config": Case([], "--config is missing", config=None),
     "no such config": Case([], "there is no such file", config="configs/digits_resnet21.py"),
     "config that raises": Case([], "failed: AttributeError", config="{tmp}/raises.py"),

@@ -80,6 +80,11 @@ def test_every_layer_is_predicted_within_25_percent(photos, network):
     assert measured.max() < 50  # nothing explodes
 
 
+def test_standardized_kernels_and_group_norms_are_predicted(photos):
+    ratio, _ = ratios("mlp", "weightstandardization", photos(8), draws=4)
+    np.testing.assert_allclose(ratio, 1.0, atol=0.25)
+
+
 @pytest.mark.long
 def test_large_images_are_predicted_too(photos):
     ratio, _ = ratios("resnet18", "mimicnorm", photos(96), draws=10)

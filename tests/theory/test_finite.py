@@ -84,23 +84,26 @@ def test_wide_networks_have_the_kernels_of_the_theory(kind):
     assert np.abs(deviation).max() < 4
 
 
-@pytest.mark.long
-def test_batch_norm_networks_have_the_kernels_of_their_batch():
+@pytest.mark.parametrize(
+    ("width", "count", "loose"),
+    [(64, 150, 3), pytest.param(256, 300, 1, marks=pytest.mark.long)],
+)
+def test_batch_norm_networks_have_the_kernels_of_their_batch(width, count, loose):
     images = digits(12)
     vectors = np.asarray(images).reshape(len(images), -1)
     gram = jnp.asarray(vectors @ vectors.T / vectors.shape[1])
     found = empirical_kernels(
-        mlp("batch_norm", 1, 256, SIZE),
+        mlp("batch_norm", 1, width, SIZE),
         images,
         outputs=pre_activations(1),
-        count=300,
+        count=count,
         directions=1,
     )
-    exact = batch_kernels(gram, 1, samples=8192)
+    exact = batch_kernels(gram, 1, samples=8192 // loose)
     diagonal, rest = errors(found.nngp.mean, exact.nngp)
-    assert diagonal < 0.01 and rest < 0.06
+    assert diagonal < 0.01 * loose and rest < 0.06 * loose
     diagonal, rest = errors(found.ntk.mean, exact.ntk)
-    assert diagonal < 0.03 and rest < 0.06
+    assert diagonal < 0.03 * loose and rest < 0.06 * loose
     # the mean variance of all channels for that of each, and infinitely many inputs, are not it
     start = centered(gram)
     simple = batch_norm_kernel(start / jnp.mean(jnp.diagonal(start)))

@@ -29,8 +29,8 @@ def test_only_what_normalizes_per_device_is_warned_of(overrides, warns, tiny_con
 @pytest.mark.parametrize(
     ("batch", "classes", "warns", "says"),
     [
-        (64, 10, False, "above about 0.323,"),
-        (256, 1000, False, "above about 0.0015"),
+        (64, 10, False, "above about 0.33,"),
+        (256, 1000, False, "above about 0.00149"),
         (32, 100, True, "0.00426 with larger ones"),
         (2, 10, True, "with 2 examples its outputs are +1 and -1"),
     ],
