@@ -18,8 +18,8 @@ torchvision = pytest.importorskip("torchvision", reason=REASON)
 # Network, what torchvision calls it, its options, ours, images' size and number.
 NETWORKS = [
     ("resnet18", "resnet18", {}, {"stem": "large"}, 64, 4),
-    ("resnet50", "resnet50", {}, {"stem": "large"}, 64, 4),
-    ("shufflenetv2_x1_0", "shufflenet_v2_x1_0", {}, {"stem": "large"}, 64, 4),
+    ("resnet50", "resnet50", {}, {"stem": "large"}, 64, 16),
+    ("shufflenetv2_x1_0", "shufflenet_v2_x1_0", {}, {"stem": "large"}, 64, 16),
     ("vgg16", "vgg16_bn", {"dropout": 0.0}, {"dropout": 0.0}, 224, 2),
 ]
 
