@@ -48,7 +48,7 @@ def last_bn_loss_floor(
 
 
 def expected_loss_floor(
-    num_classes: int, batch_size: int, *, label_smoothing: float = 0.0, draws: int = 8
+    *, num_classes: int, batch_size: int, label_smoothing: float = 0.0, draws: int = 64
 ) -> float:
     """The mean of ``last_bn_loss_floor`` over random batches of equally frequent classes.
 

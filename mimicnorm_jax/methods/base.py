@@ -174,10 +174,14 @@ class Method:
         codec = codec_of(self.activation_storage, rectified=True)
         if codec is not None:
             return Relu(codec.bits)
-        return Relu(normalized=True) if self._normalizes(site) else relu
+        return Relu(normalized=True) if self.normalizes(site) else relu
 
-    def _normalizes(self, site: Site) -> bool:
-        """Whether ``norm`` at ``site`` is a normalization."""
+    def normalizes(self, site: Site) -> bool:
+        """Whether ``norm`` at ``site`` is a normalization; a method with norms says where.
+
+        The activation after one keeps less for the backward pass: the norm keeps its own input,
+        from which the rest can be computed again.
+        """
         return False
 
     def merge(self, *, branch: Branch) -> Callable[[jax.Array, jax.Array], jax.Array]:

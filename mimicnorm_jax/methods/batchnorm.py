@@ -45,11 +45,11 @@ class BatchNorm(Method):
     def depends_on_devices(self) -> bool:
         return self.bn_sync == "local"
 
-    def _normalizes(self, site: Site) -> bool:
+    def normalizes(self, site: Site) -> bool:
         return site.role not in ("hidden_dense", "classifier")
 
     def use_bias(self, site: Site) -> bool:
-        return self.conv_bias or not self._normalizes(site)
+        return self.conv_bias or not self.normalizes(site)
 
     # What a norm puts out is computed again from its input, which it keeps anyway.
 
@@ -57,7 +57,7 @@ class BatchNorm(Method):
         return functools.partial(super().conv_layer(fan_in, site), narrow=False)
 
     def norm(self, features: int, *, site: Site, rngs: nnx.Rngs) -> Function:
-        if not self._normalizes(site):
+        if not self.normalizes(site):
             return identity
         return ShiftedBatchNorm(
             features,

@@ -36,7 +36,7 @@ class WeightStandardization(Method):
         if self.groups < 1:
             raise UserError(f"groups must be at least 1, got {self.groups}")
 
-    def _normalizes(self, site: Site) -> bool:
+    def normalizes(self, site: Site) -> bool:
         return site.role not in ("hidden_dense", "classifier")
 
     def _types(self) -> dict[str, Any]:
@@ -46,14 +46,14 @@ class WeightStandardization(Method):
         return functools.partial(WeightStandardizedConv, use_bias=False)
 
     def dense(self, in_features: int, out_features: int, *, site: Site, rngs: nnx.Rngs) -> Function:
-        if not self._normalizes(site):
+        if not self.normalizes(site):
             return super().dense(in_features, out_features, site=site, rngs=rngs)
         return WeightStandardizedDense(
             in_features, out_features, use_bias=False, rngs=rngs, **self._types()
         )
 
     def norm(self, features: int, *, site: Site, rngs: nnx.Rngs) -> Function:
-        if not self._normalizes(site):
+        if not self.normalizes(site):
             return identity
         groups = math.gcd(self.groups, features)
         return nnx.GroupNorm(features, num_groups=groups, epsilon=1e-5, rngs=rngs, **self._types())

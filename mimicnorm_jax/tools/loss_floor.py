@@ -17,6 +17,7 @@ from mimicnorm_jax.errors import UserError, refused_by_system
 from mimicnorm_jax.layers.loss_floor import expected_loss_floor
 from mimicnorm_jax.tools.report import PLOT, check_output
 
+_DRAWS = 1000
 _CLASSES = flags.DEFINE_list("classes", ["2", "10", "100", "1000"], "Numbers of classes.")
 _BATCHES = flags.DEFINE_list("batches", [str(2**n) for n in range(1, 11)], "Sizes of a batch.")
 _SMOOTHING = flags.DEFINE_float("label_smoothing", 0.0, "Label smoothing, from 0 to below 1.")
@@ -28,7 +29,15 @@ def floors(
     """The floors ``(len(batches), len(classes))`` in nats, see ``expected_loss_floor``."""
     return np.array(
         [
-            [expected_loss_floor(c, batch, label_smoothing=label_smoothing) for c in classes]
+            [
+                expected_loss_floor(
+                    num_classes=count,
+                    batch_size=batch,
+                    label_smoothing=label_smoothing,
+                    draws=_DRAWS,
+                )
+                for count in classes
+            ]
             for batch in batches
         ]
     )
@@ -73,7 +82,7 @@ def _run() -> None:
     print("| batch | " + " | ".join(f"{count} classes" for count in classes) + " |")
     print("|" + " --- |" * (len(classes) + 1))
     for batch, row in zip(batches, found, strict=True):
-        print(f"| {batch} | " + " | ".join(f"{value:.4f}" for value in row) + " |")
+        print(f"| {batch} | " + " | ".join(f"{value:.3f}" for value in row) + " |")
     if PLOT.value:
         with refused_by_system(f"--plot={PLOT.value} cannot be written"):
             draw(found, classes, batches, pathlib.Path(PLOT.value))

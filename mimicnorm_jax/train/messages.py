@@ -49,20 +49,22 @@ def introduce(experiment: Experiment, workdir: pathlib.Path) -> None:
 def loss_floor(config: ConfigDict, num_classes: int) -> str:
     """Below what the last BN does not let the training loss, and what could be done."""
     smoothing, batch = config.optimizer.label_smoothing, config.batch_size
-    floor = expected_loss_floor(num_classes, batch, label_smoothing=smoothing)
+    floor = expected_loss_floor(
+        num_classes=num_classes, batch_size=batch, label_smoothing=smoothing
+    )
     least = last_bn_loss_floor([1] * num_classes, label_smoothing=smoothing)
     line = (
-        f"the last BN keeps the training loss above about {floor:.3g}, however well the network "
-        f"learns: batches of {batch}, {num_classes} classes"
+        f"the last BN keeps the training loss above {floor:.2g} on average, however well the "
+        f"network learns: batches of {batch}, {num_classes} classes"
     )
+    if floor <= least + _MUCH_ABOVE:
+        return line
+    line += f" (with ever larger ones {least:.2g})"
     if batch == 2:
         line += "; with 2 examples its outputs are +1 and -1, whatever goes in, and nothing learns"
-    if floor > least + _MUCH_ABOVE:
-        line = (
-            f"WARNING: {line} ({least:.3g} with larger ones); raise config.batch_size, and "
-            "config.micro_batches where memory is short"
-        )
-    return line
+    return (
+        f"WARNING: {line}; raise config.batch_size, and config.micro_batches where memory is short"
+    )
 
 
 def resumed(experiment: Experiment, step: int, before: dict[str, Any]) -> str:

@@ -251,9 +251,9 @@ def test_an_activation_knows_whether_a_normalization_precedes_it(name):
     for role in ("stem", "inner", "branch_end", "hidden_dense"):
         method, site = create_method(name), Site(role)
         normalized = method.norm(8, site=site, rngs=nnx.Rngs(0)) is not identity
-        assert normalized == (
-            name in ("batchnorm", "weightstandardization") and role != "hidden_dense"
-        )
+        assert normalized == method.normalizes(site)
+        if name in ("batchnorm", "weightstandardization"):
+            assert normalized == (role != "hidden_dense")
         assert (method.activation(site=site) == Relu(normalized=True)) == normalized
         for bits in (8, 4):
             stored = create_method(name, activation_storage=f"int{bits}")

@@ -29,9 +29,9 @@ def test_only_what_normalizes_per_device_is_warned_of(overrides, warns, tiny_con
 @pytest.mark.parametrize(
     ("batch", "classes", "warns", "says"),
     [
-        (64, 10, False, "above about 0.33,"),
-        (256, 1000, False, "above about 0.00149"),
-        (32, 100, True, "0.00426 with larger ones"),
+        (64, 10, False, "above 0.33 on average"),
+        (256, 1000, False, "above 0.0015 on average"),
+        (32, 100, True, "(with ever larger ones 0.0043)"),
         (2, 10, True, "with 2 examples its outputs are +1 and -1"),
     ],
 )
