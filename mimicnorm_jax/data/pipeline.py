@@ -136,14 +136,18 @@ class Pipeline:
             return {"image": self.source.images[indices], "label": self.source.labels[indices]}
         return _stack([self.source[index] for index in indices])
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+    def batches(self, start: int, stop: int, *, in_processes: bool = True) -> Iterator[Batch]:
         """The batches of steps ``start`` to ``stop - 1``, decoded ahead by the workers.
+
+        Args:
+          start, stop: of the steps.
+          in_processes: False for threads only, since processes take seconds to start.
 
         Raises:
           UserError: an image is damaged.
           RuntimeError: a worker process died.
         """
-        return self._ahead(self.batch, start, stop)
+        return self._ahead(self.batch, start, stop, in_processes=in_processes)
 
     def evaluation_batches(self) -> Iterator[Batch]:
         """The source in order, once; the last batch is padded.
@@ -158,7 +162,9 @@ class Pipeline:
         batch = self._gather(np.minimum(positions, size - 1))
         return batch | {"mask": (positions < size).astype(np.float32)}
 
-    def _ahead(self, make: Callable[[int], Batch], start: int, stop: int) -> Iterator[Batch]:
+    def _ahead(
+        self, make: Callable[[int], Batch], start: int, stop: int, *, in_processes: bool = True
+    ) -> Iterator[Batch]:
         if not isinstance(self.source, EncodedSource) or start == stop:
             yield from map(make, range(start, stop))
             return
@@ -171,7 +177,7 @@ class Pipeline:
             num_threads=workers.threads, prefetch_buffer_size=workers.threads
         )
         iterable = dataset.to_iter_dataset(options)
-        if workers.processes:
+        if workers.processes and in_processes:
             if not flags.FLAGS.is_parsed():  # in a notebook; Grain reads them
                 flags.FLAGS.mark_as_parsed()
             processes = grain.MultiprocessingOptions(

@@ -22,7 +22,7 @@ class ShiftedBatchNorm(nnx.Module):
 
     - The variance is ``E[(x - r)^2] - E[x - r]^2`` with r the running mean: like
       ``E[x^2] - E[x]^2`` it needs one pass over the input, and unlike that it does not cancel
-      where the mean is large against the deviation, once r is near the mean.
+      where the mean is large against the deviation, once r is near the mean. (It starts at 0.)
     - The running variance is that of the unbiased one, as PyTorch and ``LastBN`` keep it.
 
     Statistics and normalization are computed in at least float32.

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mimicnorm_jax.config import FIELDS, method_of, validate
 from mimicnorm_jax.errors import UserError, unknown
+from mimicnorm_jax.layers.batch_norm import ShiftedBatchNorm
 from mimicnorm_jax.methods import METHODS, BatchNorm, Function, Method, Site
 from mimicnorm_jax.models import BRANCHED
 from mimicnorm_jax.parallel import DATA_AXIS
@@ -32,6 +33,20 @@ class PlainBatchNorm(BatchNorm):
     """
 
     name = PLAIN
+
+    def norm(self, features: int, *, site: Site, rngs: nnx.Rngs) -> Function:
+        ours = super().norm(features, site=site, rngs=rngs)
+        if not isinstance(ours, ShiftedBatchNorm):
+            return ours
+        return nnx.BatchNorm(
+            features,
+            momentum=ours.momentum,
+            epsilon=ours.epsilon,
+            dtype=self.precision.dtype,
+            param_dtype=self.precision.param_dtype,
+            axis_name=ours.axis_name,
+            rngs=rngs,
+        )
 
     def activation(self, *, site: Site) -> Function:
         return nnx.relu

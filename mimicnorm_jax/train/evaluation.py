@@ -98,10 +98,13 @@ def averaged(
     if jax.tree.leaves(total):
         first = int(state.step)
         last = first + experiment.config.optimizer.ema_batches
-        with contextlib.closing(experiment.batches(first, last)) as batches:
+        # beside those of training, whose worker processes keep running
+        ahead = experiment.batches(first, last, in_processes=False)
+        with contextlib.closing(ahead) as batches:
             for step, batch in enumerate(batches, start=first):
-                number = replicate(np.array(step, np.int32), mesh)
+                number, before = replicate(np.array(step, np.int32), mesh), total
                 total = experiment.statistics_step(params, running, batch, number, total)
+                jax.block_until_ready(before)  # no more than two batches are on their way
                 on_batch()
     return dataclasses.replace(state, params=params, batch_stats=total, ema_params=None)
 

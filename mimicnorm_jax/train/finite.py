@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-import pathlib
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mimicnorm_jax.errors import NonFiniteError
-from mimicnorm_jax.train.checkpoint import kept_step
+from mimicnorm_jax.errors import NonFiniteError, RunError
+from mimicnorm_jax.train.checkpoint import Checkpoints, kept_step
 from mimicnorm_jax.train.state import TrainState
 
 
@@ -19,10 +19,10 @@ class FiniteCheck:
 
     Args:
       config: of the run; it says whether bad steps are skipped, and how many.
-      checkpoints: the folder of the checkpoints, which an error tells of.
+      checkpoints: of the run, of which an error tells; by then they are closed.
     """
 
-    def __init__(self, config: ConfigDict, checkpoints: pathlib.Path):
+    def __init__(self, config: ConfigDict, checkpoints: Checkpoints):
         self._config = config
         self._checkpoints = checkpoints
         self._learning_rate = math.nan
@@ -55,9 +55,11 @@ class FiniteCheck:
             raise self._diverged("a parameter or statistic is infinite or NaN", step)
 
     def _diverged(self, what: str, step: int) -> NonFiniteError:
+        with contextlib.suppress(RunError):
+            self._checkpoints.close()  # what is being saved is kept too
         at = f"step {step} (learning rate {self._learning_rate:.3g})"
         return NonFiniteError(
             f"{what} at {at}; try, in a new --workdir, a lower config.learning_rate, more "
             "config.schedule.warmup_epochs or config.optimizer.clip_norm=1; "
-            + kept_step(self._checkpoints)
+            + kept_step(self._checkpoints.directory)
         )

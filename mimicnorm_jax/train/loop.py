@@ -103,7 +103,7 @@ class _Loop:
         self._watchdog = watchdog
         self._stop = stop
         self._records = Records()
-        self._finite = FiniteCheck(experiment.config, checkpoints.directory)
+        self._finite = FiniteCheck(experiment.config, checkpoints)
         self._host: TrainState | None = None  # the present state, once it was looked at
         self._restore()
         self._first_step = self._step = int(self._state.step)

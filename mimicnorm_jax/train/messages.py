@@ -55,7 +55,7 @@ def loss_floor(config: ConfigDict, num_classes: int) -> str:
     least = last_bn_loss_floor([1] * num_classes, label_smoothing=smoothing)
     line = (
         f"the last BN keeps the training loss above {floor:.2g} on average, however well the "
-        f"network learns: batches of {batch}, {num_classes} classes"
+        f"network learns: batches of {batch}, {num_classes} equally frequent classes"
     )
     if floor <= least + _MUCH_ABOVE:
         return line

@@ -24,6 +24,9 @@ Row = dict[str, Any]
 _SECONDS_BETWEEN_FLUSHES = 10.0  # of event files: each waits for the disk
 
 
+_EXACT = 1e-3  # nats, of the floor of a loss: it is computed at every step
+
+
 class Pending:
     """Metrics of calls of the devices that may not have been computed yet.
 
@@ -53,7 +56,7 @@ class Pending:
         if found["loss"].ndim == 0:  # of a single step
             found = {name: x[None] for name, x in found.items()}
         floors = [
-            last_bn_loss_floor(counts, label_smoothing=self._label_smoothing)
+            last_bn_loss_floor(counts, label_smoothing=self._label_smoothing, tolerance=_EXACT)
             for counts in found.pop("class_counts", [])[:count]
         ]
         rows = {name: x.tolist() for name, x in found.items()}

@@ -67,9 +67,9 @@ class Experiment(Program):
             checkpoint=completes(self.config.checkpoint_every),
         )
 
-    def batches(self, first: int, last: int) -> Generator[Any]:
+    def batches(self, first: int, last: int, *, in_processes: bool = True) -> Generator[Any]:
         """The training batches of steps ``first`` to ``last`` (not included), on the devices."""
-        host = self.train_data.batches(first, last)
+        host = self.train_data.batches(first, last, in_processes=in_processes)
         return prefetch(host, lambda batch: shard_batch(batch, self.mesh))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from mimicnorm_jax.layers import last_bn_cross_entropy, last_bn_loss_floor
+from mimicnorm_jax.layers import last_bn_cross_entropy, last_bn_loss_floor, loss_floor
 
 
 def balanced(classes):
@@ -92,6 +92,26 @@ def test_a_smoothed_optimum_within_reach_is_the_floor():
     entropy = -(0.9 + share) * math.log(0.9 + share) - 9 * share * math.log(share)
     assert entropy == pytest.approx(0.5003, abs=1e-4)
     assert last_bn_loss_floor([25] * 10, label_smoothing=0.1) == pytest.approx(0.5784, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("classes", "batch", "smoothing"),
+    [(100, 128, 0.1), (200, 128, 0.1), (1000, 256, 0.05), (1000, 256, 0.0), (10, 64, 0.0)],
+)
+def test_a_rough_floor_is_near_and_takes_few_steps(classes, batch, smoothing, monkeypatch):
+    """It is computed at every step of training."""
+    steps = []
+    original = loss_floor._Groups.loss
+
+    def loss(*given):
+        steps.append(1)
+        return original(*given)
+
+    monkeypatch.setattr(loss_floor._Groups, "loss", loss)
+    counts, given = drawn(classes, batch), {"label_smoothing": smoothing}
+    rough = last_bn_loss_floor(counts, **given, tolerance=1e-3)
+    assert len(steps) < (600 if smoothing else 100)
+    assert 0 <= last_bn_loss_floor(counts, **given, tolerance=1e-6) - rough < 1e-3
 
 
 @pytest.mark.parametrize("counts", [[], [3], [0, 0], [1, -1, 3], [[1, 2]]])

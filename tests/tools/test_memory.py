@@ -7,15 +7,19 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax import lax
 
 from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.layers import ScaledConv
+from mimicnorm_jax.layers.batch_norm import ShiftedBatchNorm
+from mimicnorm_jax.models import create_model
 from mimicnorm_jax.recipes import cifar100
 from mimicnorm_jax.tools.memory import compiled, tables
 from mimicnorm_jax.tools.memory.batch import largest_batch, parse_bytes
 from mimicnorm_jax.tools.memory.tables import PLAIN, TABLES, TPU, Job, as_markdown, jobs_of
 from mimicnorm_jax.tools.memory.targets import mesh_of
-from mimicnorm_jax.tools.variants import parse_variants
+from mimicnorm_jax.tools.variants import PlainBatchNorm, parse_variants
 from tests.conftest import ROOT
 
 DIGITS = ("--config=configs/digits_resnet20.py", "--config.network=resnet8", "--batch=16")
@@ -62,6 +66,18 @@ def test_mimicnorm_costs_no_more_memory_than_no_normalization(network, width):
     if network == "resnet8":
         assert peak["batchnorm"] <= 1.005 * peak[PLAIN]
         assert peak["mimicnorm"] <= 0.8 * peak[PLAIN]
+
+
+def test_plain_is_of_flaxs_own_layers():
+    method = PlainBatchNorm()
+    model = nnx.eval_shape(
+        lambda: create_model(
+            "resnet8", method=method, num_classes=10, image_size=8, rngs=nnx.Rngs(0)
+        )
+    )
+    kinds = [type(module) for _, module in nnx.iter_modules(model)]
+    assert (kinds.count(nnx.Conv), kinds.count(nnx.BatchNorm)) == (7, 7)
+    assert not {ScaledConv, ShiftedBatchNorm} & set(kinds)
 
 
 def test_codes_and_micro_batches_save_memory():

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mimicnorm_jax.data.augment import augment, example_keys, normalize
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.parallel import shard_batch
 from mimicnorm_jax.train.evaluation import averaged, evaluate, recalibrate
@@ -72,8 +73,6 @@ def test_averaged_parameters_have_statistics_of_their_own(method, tiny_config, f
         num_devices=4,
         optimizer__ema_decay=0.9,
         optimizer__ema_batches=count,
-        data__pad_crop=0,
-        data__flip=False,
     )
     experiment, state = trained(config, steps=5)
     found = averaged(experiment, state)
@@ -81,15 +80,16 @@ def test_averaged_parameters_have_statistics_of_their_own(method, tiny_config, f
     jax.tree.map(np.testing.assert_array_equal, found.params, state.ema_params)
 
     params, running = jax.device_get((state.ema_params, state.batch_stats))
-    mean, std = (
-        experiment.train_data.source.images.mean(),
-        experiment.train_data.source.images.std(),
-    )
+    pixels = experiment.train_data.source.images / 255
+    statistics = {"mean": (pixels.mean(),), "std": (pixels.std(),), "dtype": jnp.float64}
     parts = 4 if method == "batchnorm" else 1
     run = on_one_device(lambda *given: experiment.network.apply_train(*given, None)[1])
     total = jax.tree.map(np.zeros_like, running)
     for step in range(5, 5 + count):
-        images = (experiment.train_data.batch(step)["image"] - mean) / std
+        keys = jax.vmap(jax.random.split)(example_keys(config.seed, step, jnp.arange(32)))
+        images = jnp.asarray(experiment.train_data.batch(step)["image"])
+        images = augment(images, keys[:, 0], pad_crop=1, flip=True)  # as that step will
+        images = np.asarray(normalize(images, **statistics))
         for part in np.split(images, parts):
             new = run(params, running, part)
             # undo the weight of the old average

@@ -30,7 +30,7 @@ def tiny_config(tiny_config):
 
 @pytest.fixture
 def finished(tiny_config, tmp_path, capsys):
-    config = tiny_config(network="resnet8", epochs=2.0, log_every=5)
+    config = tiny_config(network="resnet8", epochs=2.0, log_every=5, optimizer__label_smoothing=0.1)
     summary = train(config, tmp_path / "run")
     return config, tmp_path / "run", summary, capsys.readouterr().out
 
@@ -72,12 +72,13 @@ def test_a_run_leaves_what_is_promised(finished):
     assert training[0]["learning_rate"] == pytest.approx(0.1 * 4 / 22, rel=0.01)  # of step 4
 
     # the least that the batches allow stands beside the loss
-    assert "the last BN keeps the training loss above 0.37 on average" in output
+    assert "the last BN keeps the training loss above 0.65 on average" in output
     assert "(at least 0." in output
     batches = [set_up(config).train_data.batch(step)["label"] for step in range(5)]
-    floors = [last_bn_loss_floor(np.bincount(labels, minlength=10)) for labels in batches]
-    assert training[0]["train_loss_floor"] == pytest.approx(np.mean(floors), rel=1e-6)
-    assert all(row["train_loss"] > row["train_loss_floor"] > 0.278 for row in training)
+    counts = [np.bincount(labels, minlength=10) for labels in batches]
+    floors = [last_bn_loss_floor(count, label_smoothing=0.1) for count in counts]
+    assert training[0]["train_loss_floor"] == pytest.approx(np.mean(floors), abs=1e-3)
+    assert all(row["train_loss"] > row["train_loss_floor"] > 0.578 for row in training)
     assert summary["final_train_loss_floor"] == training[-1]["train_loss_floor"]
 
     # evaluating the folder again finds the same numbers

@@ -37,6 +37,6 @@ def test_only_what_normalizes_per_device_is_warned_of(overrides, warns, tiny_con
 )
 def test_small_batches_are_warned_of(batch, classes, warns, says, tiny_config):
     line = loss_floor(tiny_config(batch_size=batch), classes)
-    assert says in line and f"batches of {batch}, {classes} classes" in line
+    assert says in line and f"batches of {batch}, {classes} equally frequent classes" in line
     assert line.startswith("WARNING") == warns
     assert ("config.micro_batches" in line) == warns

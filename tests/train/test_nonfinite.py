@@ -57,8 +57,8 @@ def poisoned(config, steps):
     def poison(batch):
         return batch | {"label": np.full_like(batch["label"], 10**6)}
 
-    def batches(start, stop):
-        for step, batch in enumerate(original(start, stop), start):
+    def batches(start, stop, **options):
+        for step, batch in enumerate(original(start, stop, **options), start):
             yield poison(batch) if step in steps else batch
 
     pipeline.batches = batches
