@@ -55,14 +55,17 @@ class Pending:
         found = jax.device_get(metrics)
         if found["loss"].ndim == 0:  # of a single step
             found = {name: x[None] for name, x in found.items()}
-        floors = [
-            last_bn_loss_floor(counts, label_smoothing=self._label_smoothing, tolerance=_EXACT)
-            for counts in found.pop("class_counts", [])[:count]
-        ]
+        floors = [self._floor(counts) for counts in found.pop("class_counts", [])[:count]]
         rows = {name: x.tolist() for name, x in found.items()}
         rows |= {"loss_floor": floors} if floors else {}
         for i in range(count):
             yield first + i, {name: values[i] for name, values in rows.items()}
+
+    def _floor(self, counts: np.ndarray) -> float:
+        if not counts.any():  # labels out of range, whose loss is NaN too
+            return math.nan
+        smoothing = self._label_smoothing
+        return last_bn_loss_floor(counts, label_smoothing=smoothing, tolerance=_EXACT)
 
 
 class MetricsWriter:
