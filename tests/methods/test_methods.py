@@ -131,7 +131,16 @@ CENTRED = {
 }
 
 
-@pytest.mark.parametrize(("name", "path"), config_files().items(), ids=config_files())
+QUICK = ("digits_resnet20", "cifar100_squeezenet", "imagenet_shufflenetv2_x0_5", "imagenet_vgg16")
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        pytest.param(name, path, marks=() if name in QUICK else pytest.mark.long, id=name)
+        for name, path in config_files().items()
+    ],
+)
 def test_a_config_centres_the_layers_that_the_authors_do(name, path):
     """CIFAR: a fan-in above 50. ImageNet: all of one group. By the package and by the list."""
     config = runpy.run_path(str(path))["get_config"]()

@@ -15,7 +15,7 @@ from mimicnorm_jax.parallel import shard_batch
 from mimicnorm_jax.train.setup import set_up
 
 STEPS = 30
-QUICK = ("vgg11", "squeezenet", "shufflenetv2_x0_5")
+QUICK = ("squeezenet",)
 
 # How many layers are centred at full width on images of 32 pixels.
 CENTRED = {
