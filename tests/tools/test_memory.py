@@ -52,7 +52,7 @@ def rows_of(network, labels, *, width=0.25, batch=32):
     ("network", "width"),
     [
         ("resnet8", 2),
-        ("vgg11", 0.25),
+        pytest.param("vgg11", 0.25, marks=pytest.mark.long),
         pytest.param("squeezenet", 0.5, marks=pytest.mark.long),
     ],
 )

@@ -15,7 +15,6 @@ from mimicnorm_jax.parallel import shard_batch
 from mimicnorm_jax.train.setup import set_up
 
 STEPS = 30
-QUICK = ("squeezenet",)
 
 # How many layers are centred at full width on images of 32 pixels.
 CENTRED = {
@@ -59,7 +58,7 @@ def pairs():
 
 
 def is_quick(network, method):
-    return network == "resnet8" or (method == "mimicnorm" and network in (*QUICK, "mlp"))
+    return network == "resnet8" or (method == "mimicnorm" and network == "mlp")
 
 
 def learning_rate(network, method):
