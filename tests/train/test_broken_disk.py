@@ -1,6 +1,7 @@
 """A disk that is full, cannot be written to, or vanishes, for real; and a second run."""
 
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
@@ -98,11 +99,21 @@ def test_a_workdir_that_cannot_be_written_to_is_refused_at_once(tmp_path, tiny):
     assert done.stderr.startswith("error: --workdir=") and done.stderr.count("\n") == 1
 
 
+def stands_still(pid):
+    """Whether all threads of a process are stopped, where the system tells of threads."""
+    tasks = pathlib.Path(f"/proc/{pid}/task")
+    if not tasks.is_dir():
+        return True
+    states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in tasks.iterdir()]
+    return set(states) == {"T"}
+
+
 @pytest.mark.parametrize("how", ["removed", "replaced"])
 def test_a_workdir_that_vanishes_ends_the_run(how, tmp_path, tiny):
     with Run(tmp_path / "out", *tiny, EVERY_STEP, LONG) as run:
         run.wait_until(lambda: logged_step(tmp_path / "run") >= 5)
         run[0].send_signal(signal.SIGSTOP)  # which would write into a half-made copy
+        run.wait_until(lambda: stands_still(run[0].pid))  # a signal is sent before it is heard
         (tmp_path / "run").rename(tmp_path / "elsewhere")
         if how == "replaced":  # as by a file system that was mounted again from a copy
             shutil.copytree(tmp_path / "elsewhere", tmp_path / "run")
