@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from mimicnorm_jax.theory import marginal as marginals
-from mimicnorm_jax.theory.pooling import mean_correlation
-from mimicnorm_jax.theory.signal import Signal, divide, partners_of, take
+from mimicnorm_jax.theory.pooling import mean_covariance, variance_of_mean
+from mimicnorm_jax.theory.signal import Signal, divide, other_images, partners_of
 
 
 @jax.jit
@@ -17,8 +17,10 @@ def batch_norm(signal: Signal, scale: jax.Array, bias: jax.Array) -> Signal:
     """BatchNorm by the batch's own statistics, which couple all images and positions.
 
     With mu_c a channel's mean over the batch, E_c[(x - mu)(x' - mu)] needs E_c[x mu] and
-    E_c[mu^2]. Approximations: those of ``global_average_pool``, and that the result is
-    Gaussian. They are rough: mu is a small difference in the correlation of two images.
+    E_c[mu^2]. Approximations: those of ``global_average_pool``, that a position of an
+    image is as correlated with another image's mean as the image's other positions are, and that
+    the result is Gaussian. They are rough: mu is a small difference in the correlation of two
+    images.
 
     Args:
       signal: of the input.
@@ -26,20 +28,16 @@ def batch_norm(signal: Signal, scale: jax.Array, bias: jax.Array) -> Signal:
       bias: ``(C,)``.
     """
     batch = len(signal.moment)
-    fall = mean_correlation(signal)[:, None, None]
     mean = jnp.mean(signal.mean, axis=(1, 2), keepdims=True)
     # E_c[x mu], (B, H, W): of the image itself, and of the others
-    with_mean = (signal.mean * mean + fall * signal.variance) / batch
-    for offset in signal.offsets:
-        if offset.images:
-            others, other_means, other_falls = (
-                partners_of(field, (offset,))[0] for field in (signal.mean, mean, fall)
-            )
-            covariance = take(signal, (offset,))[0] - signal.mean * others
-            products = signal.mean * other_means + jnp.sqrt(fall * other_falls) * covariance
-            with_mean += products / batch
-            if 2 * offset.images != batch:  # else every pair comes twice as it is
-                with_mean += jnp.roll(products, offset.images, axis=0) / batch
+    fall = divide(variance_of_mean(signal), jnp.mean(signal.variance, axis=(1, 2)))
+    with_mean = (signal.mean * mean + fall[:, None, None] * signal.variance) / batch
+    for offset in other_images(signal):
+        covariance = mean_covariance(signal, offset.images)[:, None, None]
+        products = signal.mean * partners_of(mean, (offset,))[0] + covariance
+        with_mean += products / batch
+        if 2 * offset.images != batch:  # else every pair comes twice as it is
+            with_mean += jnp.roll(products, offset.images, axis=0) / batch
     mean_square = jnp.mean(with_mean)
     variance = jnp.mean(signal.moment) - mean_square
     partners = partners_of(with_mean, signal.offsets)

@@ -16,6 +16,7 @@ from mimicnorm_jax.theory.signal import (
     Signal,
     after_stride,
     divide,
+    other_images,
     partners_of,
     take,
     window_correlation,
@@ -79,7 +80,7 @@ def max_pool(signal: Signal, *, window: int, stride: int, padding: int = 0) -> S
 def flatten(signal: Signal) -> Signal:
     """All positions of all channels as the features of one position."""
     _, height, width = signal.moment.shape
-    offsets = tuple(offset for offset in signal.offsets if offset.images)
+    offsets = other_images(signal)
     return Signal(
         mean=jnp.mean(signal.mean, axis=(1, 2), keepdims=True),
         moment=jnp.mean(signal.moment, axis=(1, 2), keepdims=True),
@@ -90,27 +91,30 @@ def flatten(signal: Signal) -> Signal:
     )
 
 
-def mean_correlation(signal: Signal) -> jax.Array:
-    """Mean covariance ``(B,)`` of any two positions of one image, over the mean variance.
+def mean_covariance(signal: Signal, images: int) -> jax.Array:
+    """Mean covariance ``(B,)`` of any position of an image with any of the image ``images`` on.
 
-    Approximation: the covariance of two positions depends on their distance alone, linearly
-    between the known distances and not at all beyond them.
+    Approximation: it depends on the distance of the positions alone, linearly between the
+    known distances and not at all beyond them.
     """
     _, height, width = signal.moment.shape
-    known = tuple(o for o in signal.offsets if not o.images and o.dy < height and abs(o.dx) < width)
-    partners = partners_of(signal.mean, known)
-    covariances = jnp.sum(take(signal, known) - signal.mean[None] * partners, axis=(2, 3))
-    places = jnp.array([(height - o.dy) * (width - abs(o.dx)) for o in known], signal.mean.dtype)
-    variance = jnp.mean(signal.variance, axis=(1, 2))
-    by_offset = jnp.concatenate([variance[None], covariances / places[:, None]])
-    weights = jnp.array(_weights_of_offsets(known, height, width), by_offset.dtype)
-    return jnp.clip(divide(weights @ by_offset, variance), 0.0, 1.0)
+    known = tuple(
+        o for o in signal.offsets if o.images == images and abs(o.dy) < height and abs(o.dx) < width
+    )
+    means = signal.mean[None] * partners_of(signal.mean, known)
+    covariances = jnp.sum(take(signal, known) - means, axis=(2, 3))
+    places = jnp.array([(height - abs(o.dy)) * (width - abs(o.dx)) for o in known], means.dtype)
+    covariances /= places[:, None]
+    if not images:
+        known = (Offset(0, 0, 0), *known)
+        covariances = jnp.concatenate([jnp.mean(signal.variance, axis=(1, 2))[None], covariances])
+    return jnp.array(_weights_of_offsets(known, height, width), means.dtype) @ covariances
 
 
 @functools.cache
 def _weights_of_offsets(known: tuple[Offset, ...], height: int, width: int) -> tuple[float, ...]:
-    """The part of all pairs of positions that no distance and each known offset stand for."""
-    distances = np.array([0.0, *(math.hypot(offset.dy, offset.dx) for offset in known)])
+    """The part of all pairs of positions that each known offset stands for."""
+    distances = np.array([math.hypot(offset.dy, offset.dx) for offset in known])
     levels, level_of = np.unique(distances, return_inverse=True)
     of_level = np.zeros(len(levels))
     for dy in range(-height + 1, height):
@@ -132,23 +136,24 @@ def max_pool_activated(
 
 
 def global_average_pool(signal: Signal) -> Signal:
-    """Mean over all positions.
-
-    Approximations: that of ``mean_correlation``, and that the covariance of two images falls
-    off with the distance of the positions as that within the images does.
-    """
-    offsets = tuple(offset for offset in signal.offsets if offset.images)
+    """Mean over all positions; approximation: that of ``mean_covariance``."""
+    offsets = other_images(signal)
     mean = jnp.mean(signal.mean, axis=(1, 2), keepdims=True)
-    fall = mean_correlation(signal)[:, None, None]
-    variance = fall * jnp.mean(signal.variance, axis=(1, 2), keepdims=True)
-    means = signal.mean[None] * partners_of(signal.mean, offsets)
-    covariance = jnp.mean(take(signal, offsets) - means, axis=(2, 3), keepdims=True)
-    falls = jnp.sqrt(fall[None] * partners_of(fall, offsets))
+    variance = variance_of_mean(signal)[:, None, None]
+    covariances = [mean_covariance(signal, offset.images) for offset in offsets]
+    products = jnp.array(covariances).reshape(-1, *mean.shape)
+    greatest = jnp.sqrt(variance[None] * partners_of(variance, offsets))
     return Signal(
         mean=mean,
         moment=jnp.square(mean) + variance,
-        products=mean[None] * partners_of(mean, offsets) + falls * covariance,
+        products=mean[None] * partners_of(mean, offsets) + jnp.clip(products, -greatest, greatest),
         marginal=signal.marginal,
         offsets=offsets,
         features=signal.features,
     )
+
+
+def variance_of_mean(signal: Signal) -> jax.Array:
+    """Variance ``(B,)`` of the mean over all positions; approximation: ``mean_covariance``."""
+    greatest = jnp.mean(signal.variance, axis=(1, 2))
+    return jnp.clip(mean_covariance(signal, 0), 0.0, greatest)

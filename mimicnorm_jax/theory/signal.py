@@ -48,8 +48,8 @@ class Signal:
         the partner is outside of the image. Images are numbered modulo B.
       marginal: ``(G,)``, the distribution of x_c / sqrt(moment), see ``marginal``: one for
         all positions.
-      offsets: the D offsets: powers of two along rows, columns and diagonals, and all
-        other images at the same position.
+      offsets: the D offsets: powers of two along rows, columns and diagonals, and all other
+        images at the same position and along a diagonal.
       features: C.
       observed: whether the channels are given, as those of an image are, and not drawn at
         random, as those of a layer are.
@@ -78,7 +78,7 @@ class Signal:
         batch = len(power)
         total, pairs = jnp.zeros(()), 0
         for products, offset in zip(self.products, self.offsets, strict=True):
-            if offset.images:
+            if offset in other_images(self):
                 norms = jnp.sqrt(power * jnp.roll(power, -offset.images))
                 # half of the batch away, every pair is met twice
                 count = batch if 2 * offset.images < batch else batch // 2
@@ -111,6 +111,11 @@ def take(signal: Signal, offsets: tuple[Offset, ...]) -> jax.Array:
     return signal.products[jnp.array(indices, int)]
 
 
+def other_images(signal: Signal) -> tuple[Offset, ...]:
+    """The offsets of the same position in other images."""
+    return tuple(o for o in signal.offsets if o.images and not (o.dy or o.dx))
+
+
 def after_stride(signal: Signal, stride: int) -> tuple[jax.Array, tuple[Offset, ...]]:
     """The products that are left by a stride, and their offsets after it."""
     kept = tuple(o for o in signal.offsets if o.dy % stride == 0 and o.dx % stride == 0)
@@ -133,13 +138,14 @@ def observe(images: jax.Array) -> Signal:
       Their statistics over the channels C, in float32.
     """
     batch, height, width, channels = images.shape
-    offsets: list[Offset] = []
+    shifts = range(1, batch // 2 + 1)
+    offsets = [Offset(shift, 0, 0) for shift in shifts]
     step = 1
     while step < max(height, width):
         directions = ((0, step), (step, 0), (step, step), (step, -step))
         offsets += [Offset(0, dy, dx) for dy, dx in directions]
+        offsets += [Offset(shift, at, at) for shift in shifts for at in (step, -step)]
         step *= 2
-    offsets += [Offset(shift, 0, 0) for shift in range(1, batch // 2 + 1)]
     images = jnp.asarray(images, jnp.float32)
     partners = jax.vmap(functools.partial(partners_of, offsets=tuple(offsets)), -1, -1)(images)
     return Signal(

@@ -15,14 +15,15 @@ KINDS = dict.fromkeys(NETWORKS, (1.0, 16)) | {
     "vgg11": (0.5, 3),
     "resnet20": (2.0, 20),
     "resnet18": (1.0, 10),
-    "squeezenet": (2.0, 20),
+    "squeezenet": (4.0, 12),
+    "shufflenetv2_x0_5": (4.0, 16),
     "shufflenetv2_x1_0": (2.0, 8),
 }
 
 CORRELATION_KNOWN, CORRELATION_WITHIN = ("mimicnorm", "nonorm"), 0.25
-# Centred behind an average over the image, of which centring leaves a small difference of large
-# numbers: predicted is 0.1, measured 0.4.
-UNKNOWN = {("squeezenet", "classifier")}
+# Centred behind an average over the image, which leaves little: one initialization differs from the
+# next, and their mean is predicted.
+BY_MEAN = ("squeezenet", "classifier")
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +56,22 @@ def ratios(network, method, images, *, draws, **options):
         precision="float32",
         **options,
     )
-    measured, predicted = [], []
+    measured, predicted, differences = [], [], []
     for seed in range(draws):
         probe.draw(seed)
         layers = probe.layers(images)
         measured.append([layer.measured.second_moment for layer in layers])
         predicted.append([layer.predicted_second_moment for layer in layers])
+        correlations = [(la.predicted_correlation, la.measured.correlation) for la in layers]
+        differences.append(np.subtract(*np.transpose(correlations)))
         for layer in layers:
             assert abs(layer.predicted_correlation) <= 1 + 1e-4, layer.name
-            known = method in CORRELATION_KNOWN and (network, layer.name) not in UNKNOWN
-            if known and layer.measured.second_moment > 0:
-                difference = layer.predicted_correlation - layer.measured.correlation
-                assert abs(difference) < CORRELATION_WITHIN, layer
     measured, predicted = np.mean(measured, axis=0), np.mean(predicted, axis=0)
+    if method in CORRELATION_KNOWN:
+        worst, mean = np.abs(differences).max(axis=0), np.abs(np.mean(differences, axis=0))
+        by_mean = [(network, layer.name) == BY_MEAN for layer in layers]
+        worst = np.where(measured > 0, np.where(by_mean, mean, worst), 0)
+        assert worst.max() < CORRELATION_WITHIN, layers[int(worst.argmax())].name
     # the branches of Fixup and SkipInit end in 0
     np.testing.assert_array_equal(predicted == 0, measured == 0)
     return predicted[measured > 0] / measured[measured > 0], measured

@@ -211,6 +211,22 @@ def test_flatten_and_the_global_average_pool(gaussian):
     assert_agree(pooled, jnp.mean(positive, axis=(1, 2), keepdims=True), rel=0.15, products=0.15)
 
 
+def test_means_over_two_images_covary_as_all_pairs_of_their_positions_do(gaussian):
+    """Not as equal positions do, nor less by what one image's positions lose with distance."""
+    y, s = gaussian
+    measured = signal.observe(jnp.mean(jax.nn.relu(y), axis=(1, 2), keepdims=True))
+    predicted = pooling.global_average_pool(signal.relu(s))
+
+    def covariances(pooled):
+        others = signal.other_images(pooled)
+        means = pooled.mean[None] * signal.partners_of(pooled.mean, others)
+        return np.ravel(signal.take(pooled, others) - means)
+
+    of_measured = covariances(measured)
+    error = np.abs(covariances(predicted) - of_measured).max()
+    assert error < 0.5 * np.abs(of_measured).max()
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (16, 4), (4, 16), (1, 1), (5, 3)])
 def test_a_pool_of_noise_has_a_moment_and_cosines(shape):
     """Where nothing is correlated, small differences of large sums must not turn negative."""
@@ -225,9 +241,10 @@ def assert_batch_norm_agrees(x, s, *, rel, products):
     scale, bias = jnp.full(x.shape[-1], 2.0), jnp.full(x.shape[-1], 0.5)
     norm = nnx.BatchNorm(x.shape[-1], use_running_average=False, rngs=nnx.Rngs(0))
     norm.scale[...], norm.bias[...] = scale, bias
-    assert_agree(
-        normalization.batch_norm(s, scale, bias), norm(x), rel=rel, products=products, mean=0.3
-    )
+    predicted, y = normalization.batch_norm(s, scale, bias), norm(x)
+    assert_agree(predicted, y, rel=rel, products=products, mean=0.3)
+    measured = signal.observe(y).correlation()
+    assert predicted.correlation() == pytest.approx(float(measured), abs=0.06)
 
 
 @pytest.mark.parametrize("images", [3, 4])  # an odd and an even number pair differently
