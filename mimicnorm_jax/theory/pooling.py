@@ -135,6 +135,7 @@ def max_pool_activated(
     return max_pool(activation(signal), **window)
 
 
+@jax.jit
 def global_average_pool(signal: Signal) -> Signal:
     """Mean over all positions; approximation: that of ``mean_covariance``."""
     offsets = other_images(signal)
