@@ -162,8 +162,19 @@ class TestPrepared:
         subprocess.run([sys.executable, "-c", script, *arguments], check=True, capture_output=True)
         with pytest.raises(UserError, match=r"tfrecord format.*prepare_data cifar100"):
             open_splits(data_config(tmp_path, "cifar100"))
+        # the file of one split is damaged; the other's is converted, and not once more afterwards
+        (test,) = tmp_path.rglob("*-test.tfrecord-*")
+        whole = test.read_bytes()
+        test.write_bytes(whole[:-100])
+        done = run_tool("cifar100", "--data-dir", tmp_path, "--sample")
+        assert done.returncode == 2 and f"error: cannot read {test}: " in done.stderr
+        assert not list(tmp_path.rglob("*-test.array_record-*[0-9]"))
+        (train,) = tmp_path.rglob("*-train.array_record-*")
+        written = train.stat().st_mtime_ns
+        test.write_bytes(whole)
         done = run_tool("cifar100", "--data-dir", tmp_path, "--sample")
         assert done.returncode == 0, done.stderr[-2000:]
+        assert train.stat().st_mtime_ns == written
         assert list(tmp_path.rglob("*.tfrecord-*")) and list(tmp_path.rglob("*.array_record-*"))
         converted, _ = open_splits(data_config(tmp_path, "cifar100"))
         original, _ = open_splits(data_config(root, "cifar100"))
