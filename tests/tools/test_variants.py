@@ -6,29 +6,29 @@ from flax import nnx
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers import ScaledConv
 from mimicnorm_jax.layers.batch_norm import ShiftedBatchNorm
+from mimicnorm_jax.methods import Site
 from mimicnorm_jax.models import create_model
 from mimicnorm_jax.recipes import cifar100
 from mimicnorm_jax.tools.variants import PlainBatchNorm, parse_variants
 
 
 def test_plain_is_of_flaxs_own_layers():
-    kinds = kinds_of("resnet8", image_size=8)
+    model = nnx.eval_shape(
+        lambda: create_model(
+            "resnet8", method=PlainBatchNorm(), num_classes=10, image_size=8, rngs=nnx.Rngs(0)
+        )
+    )
+    kinds = [type(module) for _, module in nnx.iter_modules(model)]
     assert (kinds.count(nnx.Conv), kinds.count(nnx.BatchNorm)) == (7, 7)
     assert not {ScaledConv, ShiftedBatchNorm} & set(kinds)
 
 
 def test_plain_normalizes_where_batchnorm_does():
-    """Not behind the hidden dense layers of a VGG."""
-    assert kinds_of("vgg11", image_size=224).count(nnx.BatchNorm) == 8
+    def norm(role):
+        return PlainBatchNorm().norm(4, site=Site(role), rngs=nnx.Rngs(0))
 
-
-def kinds_of(network, **options):
-    model = nnx.eval_shape(
-        lambda: create_model(
-            network, method=PlainBatchNorm(), num_classes=10, rngs=nnx.Rngs(0), **options
-        )
-    )
-    return [type(module) for _, module in nnx.iter_modules(model)]
+    assert isinstance(norm("inner"), nnx.BatchNorm)
+    assert not isinstance(norm("classifier"), nnx.BatchNorm)
 
 
 def test_a_variant_leaves_the_others_as_they_were():
