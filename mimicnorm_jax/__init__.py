@@ -17,12 +17,15 @@ from mimicnorm_jax.layers import (
 )
 from mimicnorm_jax.methods import METHODS, Method, create_method
 from mimicnorm_jax.models import NETWORKS, create_model
+from mimicnorm_jax.trained import TrainedNetwork, load
+from mimicnorm_jax.version import __version__ as __version__
 
 __all__ = [
     "METHODS",
     "NETWORKS",
     "LastBN",
     "Method",
+    "TrainedNetwork",
     "UserError",
     "WeightMeanConv",
     "WeightMeanDense",
@@ -31,8 +34,8 @@ __all__ = [
     "create_model",
     "last_bn_cross_entropy",
     "last_bn_loss_floor",
+    "load",
     "project_weight_mean",
     "stable_variance",
     "weight_mean_mask",
 ]
-__version__ = "0.1.0"

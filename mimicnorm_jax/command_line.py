@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Collection, Mapping
 from typing import NoReturn
@@ -22,6 +23,8 @@ _CONFIG = config_flags.DEFINE_config_file(
     "The configuration: a Python file, or the name of one that comes with the project.",
 )
 
+_SAVED_CONFIG = pathlib.Path(__file__).parent / "train" / "saved.py"
+
 
 def config() -> ConfigDict:
     """The configuration, after parsing."""
@@ -38,8 +41,20 @@ def overrides() -> list[str]:
     return [argument for argument in sys.argv[1:] if argument.lstrip("-").startswith("config.")]
 
 
-def _parse(argv: list[str]) -> list[str]:
+def given(argv: list[str], name: str) -> str | None:
+    """The value of a flag before the flags are parsed; None where it is not given."""
+    value = None
+    for i, argument in enumerate(argv):
+        flag, equals, text = argument.partition("=")
+        if argument.startswith("-") and flag.lstrip("-") == name:
+            value = text if equals else argv[i + 1] if i + 1 < len(argv) else ""
+    return value
+
+
+def _parse(argv: list[str], saved_in: Callable[[list[str]], str | None]) -> list[str]:
     """Parses the command line; what is wrong with it is a ``UserError``, never a traceback."""
+    if given(argv, "config") is None and (run := saved_in(argv)):
+        argv = [argv[0], f"--config={_SAVED_CONFIG}:{run}", *argv[1:]]
     for argument in argv[1:]:
         name = argument.lstrip("-").partition("=")[0]
         if name.startswith("config.") and name.removeprefix("config.") not in FIELDS:
@@ -55,6 +70,11 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
+        first: BaseException = error
+        while first.__context__:
+            first = first.__context__
+        if isinstance(first, UserError):  # of the file that --config names
+            raise first from None
         raise UserError(str(error).splitlines()[0]) from error
     except Exception as error:  # a config file is a program: it can fail in any way
         reason = first_line(error).partition(" Other fields present")[0]
@@ -67,11 +87,15 @@ def _reject_arguments(arguments: list[str]) -> None:
         raise UserError(f"unexpected argument {arguments[0]!r}; flags are written --name=value")
 
 
-Program = Callable[[], None]
+Program = Callable[..., None]
 
 
 def run_program(
-    program: Program | Mapping[str, Program], *, without_config: Collection[str] = ()
+    program: Program | Mapping[str, Program],
+    *,
+    without_config: Collection[str] = (),
+    saved_in: Callable[[list[str]], str | None] = lambda argv: None,
+    takes_arguments: bool = False,
 ) -> None:
     """Parses the flags and runs a program.
 
@@ -82,12 +106,17 @@ def run_program(
       program: what to run; or, where the first argument chooses, what it chooses from. One
         named ``""`` is chosen by no argument.
       without_config: those of them that take no ``--config``.
+      saved_in: from the command line to the folder of the run whose configuration counts where
+        no ``--config`` is given; None where none does.
+      takes_arguments: call the only program with the arguments that are no flags; else there
+        may be none.
     """
     programs = program if isinstance(program, Mapping) else {"": program}
 
     def parse(argv: list[str]) -> list[str]:
-        rest = _parse(argv)[1:]
-        name = rest.pop(0) if rest and isinstance(program, Mapping) else ""
+        rest = _parse(argv, saved_in)[1:]
+        chooses = isinstance(program, Mapping) and not takes_arguments
+        name = rest.pop(0) if rest and chooses else ""
         if name not in programs:
             if not name:
                 raise UserError(f"say which: {', '.join(programs)}")
@@ -97,14 +126,15 @@ def run_program(
                 raise UserError(f"{name} takes no --config")
         elif _CONFIG.value is None:
             raise UserError("--config is missing; for example --config digits_resnet20")
-        _reject_arguments(rest)
-        return [argv[0], name]
+        if not takes_arguments:
+            _reject_arguments(rest)
+        return [argv[0], name, *rest]
 
     def run(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             # Orbax tells of every file it writes, and what it cannot do comes as an exception
             logging.set_verbosity(logging.FATAL)
-        programs[argv[1]]()
+        programs[argv[1]](*argv[2:])
 
     try:
         app.run(run, flags_parser=parse)

@@ -1,6 +1,7 @@
 """Trains or evaluates (--mode=eval) one configuration, as one process or as one of several.
 
   python -m mimicnorm_jax.main --config configs/digits_resnet20.py --config.method=batchnorm
+  python -m mimicnorm_jax.main --mode=eval --workdir=runs/digits_resnet20-batchnorm-s0
 
 ``python -m mimicnorm_jax.config`` prints every field that ``--config.FIELD=VALUE`` can set.
 """
@@ -53,9 +54,16 @@ def _run() -> None:
         print(json.dumps(results, indent=2))
 
 
+def _run_of(argv: list[str]) -> str | None:
+    """The folder of the run to be evaluated, or to go on, where no --config is given."""
+    folder = command_line.given(argv, "workdir")
+    evaluates = command_line.given(argv, "mode") == "eval"
+    return folder if evaluates or (pathlib.Path(folder or ".") / "config.json").exists() else None
+
+
 def main() -> None:
     """Runs the program."""
-    command_line.run_program(_run)
+    command_line.run_program(_run, saved_in=_run_of)
 
 
 if __name__ == "__main__":

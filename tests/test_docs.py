@@ -27,7 +27,7 @@ def blocks(text):
             yield "\n".join(line.removeprefix(indent) for line in code.splitlines())
 
 
-WITH_CODE = [page for page in PAGES if "```python" in page.read_text()]
+WITH_CODE = [page for page in PAGES if any(blocks(page.read_text()))]
 
 
 def name_of(page):

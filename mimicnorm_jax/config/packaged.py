@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pathlib
 
-import mimicnorm_jax
 from mimicnorm_jax.errors import UserError, unknown
 
 
 def config_files() -> dict[str, pathlib.Path]:
     """The files by name, such as ``"digits_resnet20"``."""
-    package = pathlib.Path(mimicnorm_jax.__file__).parent
+    package = pathlib.Path(__file__).parent.parent
     installed = package / "configs"
     folder = installed if installed.is_dir() else package.parent / "configs"  # of a checkout
     return {path.stem: path for path in sorted(folder.glob("*.py"))}

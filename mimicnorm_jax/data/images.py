@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # As Pillow's own limit: a header that claims more is a mistake or an attack.
 MAX_PIXELS = 2 * 89_478_485
@@ -96,7 +96,11 @@ def _check_size(height: int, width: int) -> None:
 
 def _with_pillow(data: bytes, *, upright: bool) -> np.ndarray:
     """Decodes anything that Pillow knows."""
-    with Image.open(io.BytesIO(data)) as file:
+    try:
+        opened = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError as error:  # whose message is the address of the bytes
+        raise ValueError("it is no image") from error
+    with opened as file:
         _check_size(*file.size)
         turn = _turn(file) if upright else None
         image: Image.Image = file if turn is None else file.transpose(turn)

@@ -14,6 +14,7 @@ from mimicnorm_jax.data.splits import open_splits
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.precision import resolve_precision
 from mimicnorm_jax.train.checkpoint import Checkpoints
+from mimicnorm_jax.train.description import check_network
 from mimicnorm_jax.train.program import Images
 from mimicnorm_jax.train.setup import images_of, set_up
 from mimicnorm_jax.train.state import TrainState
@@ -38,6 +39,7 @@ def restore(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
             f"--checkpoint={workdir} is a run of another configuration: {differing}; give the "
             "same --config fields"
         )
+    check_network(workdir, config)
     restored = Checkpoints(directory).restore_latest(set_up(config).abstract_state, set_aside=False)
     if restored is None:
         raise UserError(f"--checkpoint={workdir} has no checkpoint that can be read")

@@ -21,6 +21,7 @@ from mimicnorm_jax.data.pipeline import Pipeline, prefetch
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.parallel import coordination, replicate, shard_batch
 from mimicnorm_jax.train.checkpoint import Checkpoints
+from mimicnorm_jax.train.description import check_network
 from mimicnorm_jax.train.metrics import evaluations
 from mimicnorm_jax.train.setup import Experiment, set_up_together
 from mimicnorm_jax.train.state import TrainState
@@ -178,6 +179,7 @@ def evaluate_run(
         if not directory.is_dir():
             raise UserError(f"--workdir={workdir} has no checkpoints to evaluate; train it first")
         check_workdir(workdir, config, writes=False)
+        check_network(workdir, config)
 
     coordination.together("workdir", check)
     experiment = set_up_together(config)

@@ -6,9 +6,10 @@ import contextlib
 import pathlib
 from collections.abc import Iterator
 
-from mimicnorm_jax.errors import RunError, UserError
+from mimicnorm_jax.errors import RunError, UserError, refused_by_system
 from mimicnorm_jax.parallel import coordination
 from mimicnorm_jax.train.checkpoint import kept_step, latest_step
+from mimicnorm_jax.train.description import check_network, write_description
 from mimicnorm_jax.train.lock import WorkdirLock
 from mimicnorm_jax.train.setup import Experiment
 from mimicnorm_jax.train.workdir import check_data, check_workdir, open_workdir
@@ -23,6 +24,8 @@ def opened(experiment: Experiment, workdir: pathlib.Path) -> Iterator[WorkdirLoc
         check_workdir(workdir, config, writes=False)  # another run may have come first
         if coordination.is_first():
             open_workdir(workdir, config, experiment.data_identity)
+            with refused_by_system(f"--workdir={workdir} cannot be written to"):
+                write_description(workdir, experiment.description)
 
     with contextlib.closing(WorkdirLock(workdir)) as lock:
         coordination.together("open", open_)
@@ -49,6 +52,7 @@ def explained(workdir: pathlib.Path, lock: WorkdirLock) -> Iterator[None]:
 
 def check_run(experiment: Experiment, workdir: pathlib.Path) -> None:
     """Makes sure that ``workdir`` holds no longer run, and none on other images."""
+    check_network(workdir, experiment.config)
     check_data(workdir, experiment.data_identity)
     done = latest_step(workdir / "checkpoints")
     if done > experiment.total_steps:

@@ -15,8 +15,8 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-import mimicnorm_jax
 from mimicnorm_jax.config import FREE_FIELDS, flatten
+from mimicnorm_jax.version import __version__
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -60,13 +60,13 @@ def versions() -> dict[str, str | None]:
     """Versions of Python, of this package and of what it computes with."""
     return {
         "python": platform.python_version(),
-        "mimicnorm-jax": mimicnorm_jax.__version__,
+        "mimicnorm-jax": __version__,
         **{package: _version(package) for package in _PACKAGES},
     }
 
 
 def _git(*arguments: str) -> str | None:
-    folder = pathlib.Path(mimicnorm_jax.__file__).parent
+    folder = pathlib.Path(__file__).parent.parent
     try:
         done = subprocess.run(
             ["git", "-C", folder, *arguments], capture_output=True, text=True, timeout=10

@@ -21,6 +21,7 @@ from mimicnorm_jax.data.sources import Source, channel_statistics
 from mimicnorm_jax.data.splits import open_splits
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.parallel import coordination, make_mesh, shard_batch
+from mimicnorm_jax.train.description import Description
 from mimicnorm_jax.train.program import Images, Program, make_program
 from mimicnorm_jax.train.provenance import config_as_json
 from mimicnorm_jax.train.workdir import DataIdentity, data_identity
@@ -42,11 +43,18 @@ class Experiment(Program):
       train_data: training batches by step.
       test_data: the test split.
       total_steps: length of the run.
+      images: what is known of the training images.
     """
 
     train_data: Pipeline
     test_data: Pipeline
     total_steps: int
+    images: Images
+
+    @property
+    def description(self) -> Description:
+        """What the network takes and puts out."""
+        return Description.of(self.config, self.train_data.source, self.images)
 
     @property
     def data_identity(self) -> DataIdentity:
@@ -211,6 +219,7 @@ def experiment_of(
         train_data=train_data,
         test_data=test_data,
         total_steps=min(program.epoch_steps, config.max_steps or program.epoch_steps),
+        images=images,
     )
 
 

@@ -269,14 +269,14 @@ def truncated(fraction):
 
 
 BAD = {
-    "empty": (b"", "cannot identify"),
-    "text": (b"this is not an image\n" * 20, "cannot identify"),
-    "truncated in the header": (truncated(0.001), "cannot identify|truncated|Truncated"),
+    "empty": (b"", "it is no image"),
+    "text": (b"this is not an image\n" * 20, "it is no image"),
+    "truncated in the header": (truncated(0.001), "it is no image|truncated|Truncated"),
     "truncated early": (truncated(0.2), "truncated"),
     "truncated late": (truncated(0.98), "truncated"),
     "huge png": (huge_png(), f"claims 60000 x 60000 pixels, more than {MAX_PIXELS}|exceeds limit"),
     "huge jpeg": (huge_jpeg(), f"claims 60000 x 60000 pixels, more than {MAX_PIXELS}"),
-    "zeros": (bytes(4096), "cannot identify"),
+    "zeros": (bytes(4096), "it is no image"),
 }
 
 

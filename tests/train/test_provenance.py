@@ -8,7 +8,6 @@ import subprocess
 import jax
 import pytest
 
-import mimicnorm_jax
 from mimicnorm_jax.config import FREE_FIELDS
 from mimicnorm_jax.train import provenance
 from mimicnorm_jax.train.loop import train
@@ -43,7 +42,7 @@ def checkout(tmp_path, monkeypatch):
     package = tmp_path / "checkout" / "mimicnorm_jax"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
-    monkeypatch.setattr(mimicnorm_jax, "__file__", str(package / "__init__.py"))
+    monkeypatch.setattr(provenance, "__file__", str(package / "train" / "provenance.py"))
 
     def git(*arguments):
         identity = ("-c", "user.name=n", "-c", "user.email=e")

@@ -1,0 +1,180 @@
+r"""What a trained network says of images.
+
+  python -m mimicnorm_jax.tools.predict RUN photo.jpg folder/
+  find . -name '*.png' | python -m mimicnorm_jax.tools.predict RUN -
+
+RUN is the folder of a run. A folder stands for all images below it, ``-`` for a list of paths on
+standard input. Damaged images are named and left out; then the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, get_args
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from mimicnorm_jax import command_line
+from mimicnorm_jax.data.folder import IMAGE_SUFFIXES
+from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.tools.report import JSON, PLOT, check_output, write_json
+from mimicnorm_jax.trained import TrainedNetwork, Which, load
+
+_WHICH = flags.DEFINE_enum("which", "best", get_args(Which), "Which checkpoint.")
+_TOP = flags.DEFINE_integer("top", 5, "Classes shown of each image.", 1)
+_CSV = flags.DEFINE_string("csv", None, "Where the answers go as a table; unset for nowhere.")
+
+_AT_A_TIME = 64  # images in memory
+_MOST_SHOWN = 36  # in a picture
+
+Answer = dict[str, Any]
+
+
+def images_in(arguments: Sequence[str]) -> list[pathlib.Path]:
+    """The image files that arguments of the command line stand for, in order.
+
+    Raises:
+      UserError: there is no such file, or no image in a folder.
+    """
+    found: list[pathlib.Path] = []
+    for argument in arguments:
+        if argument == "-":
+            found += [pathlib.Path(line) for line in sys.stdin.read().splitlines() if line]
+            continue
+        path = pathlib.Path(argument).expanduser()
+        if not path.exists():
+            raise UserError(f"{argument} does not exist")
+        found += _images_below(path) if path.is_dir() else [path]
+    return found
+
+
+def _images_below(folder: pathlib.Path) -> list[pathlib.Path]:
+    with refused_by_system(f"cannot read folder {folder}"):
+        found = sorted(
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+        )
+    if not found:
+        raise UserError(f"{folder} has no images ({', '.join(IMAGE_SUFFIXES)})")
+    return found
+
+
+def answers(
+    network: TrainedNetwork, paths: Sequence[pathlib.Path], *, top: int
+) -> Iterator[tuple[Answer, np.ndarray]]:
+    """What the network says of each image that can be read; names the others.
+
+    Args:
+      network: which.
+      paths: of image files.
+      top: how many classes of each.
+
+    Yields:
+      ``path`` and ``classes``, each a ``class`` and its ``probability``, the likeliest first;
+      and the image as the network sees it.
+    """
+    for start in range(0, len(paths), _AT_A_TIME):
+        images, readable = [], []
+        for path in paths[start : start + _AT_A_TIME]:
+            try:
+                images.append(network.preprocess(path))
+                readable.append(path)
+            except UserError as error:
+                tqdm.write(f"WARNING: {error}", file=sys.stderr)
+        if not images:
+            continue
+        found = network.predict(np.stack(images))
+        for path, image, probabilities in zip(readable, images, found, strict=True):
+            order = np.argsort(-probabilities, kind="stable")[:top]
+            classes = [
+                {"class": network.classes[i], "probability": float(probabilities[i])} for i in order
+            ]
+            yield {"path": str(path), "classes": classes}, image
+
+
+def line(answer: Answer) -> str:
+    """An answer for people."""
+    classes = (f"{100 * c['probability']:5.1f} % {c['class']}" for c in answer["classes"])
+    return f"{answer['path']}:  " + "  ".join(classes)
+
+
+def as_csv(found: Sequence[Answer]) -> str:
+    """A table: a row for each image, and two columns for each class shown."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    count = max((len(answer["classes"]) for answer in found), default=0)
+    names = [f"{name}_{i}" for i in range(1, count + 1) for name in ("class", "probability")]
+    writer.writerow(["path", *names])
+    for answer in found:
+        cells = [cell for c in answer["classes"] for cell in (c["class"], c["probability"])]
+        writer.writerow([answer["path"], *cells])
+    return text.getvalue()
+
+
+def plot(found: Sequence[Answer], images: Sequence[np.ndarray], path: pathlib.Path) -> None:
+    """Draws images, as the network sees them, with their answers below."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
+    from matplotlib.figure import Figure
+
+    columns = min(6, len(found))
+    rows = -(-len(found) // columns)
+    figure = Figure(figsize=(2 * columns, 2.4 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.axis("off")
+    for axes, answer, image in zip(grid, found, images, strict=False):
+        axes.imshow(image.squeeze(-1) if image.shape[-1] == 1 else image, cmap="gray")
+        best = answer["classes"][0]
+        name = f"{best['class']}, {100 * best['probability']:.0f} %"
+        axes.set_title(name, fontsize=9, y=-0.18)
+    figure.savefig(path, dpi=120)
+
+
+def _run(run: str = "", *arguments: str) -> None:
+    if not arguments:
+        raise UserError("say which run and which images: RUN PATH…")
+    check_output("json", JSON.value, [".json"])
+    check_output("csv", _CSV.value, [".csv"])
+    check_output("plot", PLOT.value, [".png"])
+    paths = images_in(arguments)
+    network = load(run, _WHICH.value)  # type: ignore[arg-type]
+    top = min(_TOP.value, len(network.classes))
+    found: list[Answer] = []
+    shown: list[np.ndarray] = []
+    with tqdm(total=len(paths), unit="image", disable=not sys.stderr.isatty()) as progress:
+        for answer, image in answers(network, paths, top=top):
+            found.append(answer)
+            if len(shown) < _MOST_SHOWN:
+                shown.append(image)
+            tqdm.write(line(answer))
+            progress.update()
+    write_json(json.dumps(found, indent=2) + "\n")
+    if _CSV.value:
+        with refused_by_system(f"--csv={_CSV.value} cannot be written"):
+            pathlib.Path(_CSV.value).write_text(as_csv(found))
+        print(f"table: {_CSV.value}")
+    if PLOT.value and found:
+        with refused_by_system(f"--plot={PLOT.value} cannot be written"):
+            plot(found[:_MOST_SHOWN], shown, pathlib.Path(PLOT.value))
+        print(f"picture: {PLOT.value}")
+    if left_out := len(paths) - len(found):
+        print(f"{left_out} of {len(paths)} images could not be read", file=sys.stderr)
+        sys.exit(1)
+
+
+def main() -> None:
+    """Runs the program."""
+    command_line.run_program({"": _run}, without_config={""}, takes_arguments=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""``run.json`` of a run: what must be known to use its network where its data are not."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mimicnorm_jax.data.sources import Source, View
+from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.train.checkpoint import latest_step
+from mimicnorm_jax.train.program import Images
+from mimicnorm_jax.train.workdir import read_json, write_json
+
+FORMAT = 1
+NAME = "run.json"
+
+# Networks that an earlier version built otherwise, of the same parameters: its runs have no
+# run.json. Their checkpoints can be read, and mean something else.
+_BUILT_OTHERWISE = {"squeezenet": "its max-pools come after fire modules 4 and 8 since"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What must be known of the images that a network was trained on.
+
+    Attributes:
+      class_names: the classes, in the order of the logits.
+      images: their shape, mean and standard deviation, and how many the network was trained on.
+      view: how an image file becomes an array of that shape.
+    """
+
+    class_names: tuple[str, ...]
+    images: Images
+    view: View
+
+    @classmethod
+    def of(cls, config: ConfigDict, train: Source, images: Images) -> Description:
+        """That of a run on a training split."""
+        return cls(tuple(train.class_names), images, View.of(config.data))
+
+
+def write_description(workdir: pathlib.Path, description: Description) -> None:
+    """Writes ``run.json``; raises ``OSError`` where the system refuses."""
+    value = {
+        "format": FORMAT,
+        "class_names": description.class_names,
+        "images": description.images._asdict(),
+        "view": dataclasses.asdict(description.view),
+    }
+    write_json(workdir / NAME, value)
+
+
+def read_description(workdir: pathlib.Path) -> Description | None:
+    """Reads ``run.json``.
+
+    Args:
+      workdir: the run's folder.
+
+    Returns:
+      None where a version of this project made the run that wrote none.
+
+    Raises:
+      UserError: it is damaged, or of a later version.
+    """
+    path = workdir / NAME
+    if not path.exists():
+        return None
+    value = read_json(path)
+    if (number := value.get("format")) != FORMAT:
+        raise UserError(
+            f"{path} has format {number}, and this version of mimicnorm-jax reads {FORMAT}; "
+            "use the version that trained the run"
+        )
+    try:
+        return _parse(value)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _parse(value: dict[str, Any]) -> Description:
+    images = dict(value["images"])
+    lists = {name: tuple(images[name]) for name in ("shape", "mean", "std")}
+    found = Description(
+        tuple(value["class_names"]), Images(**images | lists), View(**value["view"])
+    )
+    classes, channels = found.images.num_classes, found.images.shape[2]
+    if len(found.class_names) != classes or {channels} != {len(lists["mean"]), len(lists["std"])}:
+        raise ValueError(f"it is not of {classes} classes and {channels} channels")
+    return found
+
+
+def check_network(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Makes sure that this version builds the network of a run as the one that trained it did.
+
+    Raises:
+      UserError: an earlier version built it otherwise.
+    """
+    changed = _BUILT_OTHERWISE.get(config.network)
+    if changed and latest_step(workdir / "checkpoints") and not (workdir / NAME).exists():
+        raise UserError(
+            f"{workdir} is a run of {config.network} by an earlier version, which built another "
+            f"network ({changed}); train it again in another folder, or use that version"
+        )

@@ -1,0 +1,93 @@
+"""From the folder of a run to its network, with no more of the data than that needs."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from ml_collections import ConfigDict
+
+from mimicnorm_jax.data.sources import Source
+from mimicnorm_jax.data.splits import open_splits
+from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.parallel import make_mesh, replicate
+from mimicnorm_jax.train.checkpoint import Checkpoints, Restored
+from mimicnorm_jax.train.description import Description, check_network, read_description
+from mimicnorm_jax.train.evaluation import averaged
+from mimicnorm_jax.train.metrics import evaluations
+from mimicnorm_jax.train.program import make_program
+from mimicnorm_jax.train.setup import experiment_of, images_of
+from mimicnorm_jax.train.state import Network, TrainState
+from mimicnorm_jax.train.workdir import saved_config
+
+
+class RestoredNetwork(NamedTuple):
+    """The network of a run.
+
+    Attributes:
+      config: the run's.
+      description: of the images it was trained on.
+      model: in evaluation mode.
+      step: of its checkpoint.
+    """
+
+    config: ConfigDict
+    description: Description
+    model: nnx.Module
+    step: int
+
+
+def restore(workdir: pathlib.Path, which: str) -> RestoredNetwork:
+    """Reads the checkpoint of the best test accuracy (``"best"``) or the ``"latest"``.
+
+    Raises:
+      UserError: see ``mimicnorm_jax.load``.
+    """
+    config = saved_config(workdir)
+    check_network(workdir, config)
+    if config.precision == "float64" and not jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        raise UserError(
+            f"{workdir} was trained in float64: first jax.config.update('jax_enable_x64', True)"
+        )
+    config.num_devices = 1
+    description = read_description(workdir) or _described_by_data(workdir, config)
+    mesh = make_mesh(1)
+    program = make_program(config, description.images, mesh)
+    restored = _read(workdir, which, program.abstract_state)
+    state: TrainState = jax.tree.map(jnp.asarray, restored.state)
+    if state.ema_params is not None and jax.tree.leaves(state.batch_stats):
+        splits = _opened(workdir, config, "the statistics of its averaged parameters")
+        experiment = experiment_of(config, description.images, mesh, *splits)
+        state = averaged(experiment, replicate(restored.state, mesh))
+    model = _model(program.network, state)
+    return RestoredNetwork(config, description, model, int(restored.state.step))
+
+
+def _model(network: Network, state: TrainState) -> nnx.Module:
+    return nnx.merge(network.eval_graph, state.evaluated_params, state.batch_stats, copy=True)
+
+
+def _read(workdir: pathlib.Path, which: str, target: TrainState) -> Restored:
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    if which == "best":
+        accuracies = {row["step"]: row["test_accuracy"] for row in evaluations(workdir)}
+        return checkpoints.restore_best(target, accuracies)
+    restored = checkpoints.restore_latest(target, set_aside=False)
+    if restored is None:
+        raise UserError(f"{checkpoints.directory} has no checkpoint")
+    return restored
+
+
+def _described_by_data(workdir: pathlib.Path, config: ConfigDict) -> Description:
+    train, _ = _opened(workdir, config, "its classes, which an earlier version did not keep")
+    return Description.of(config, train, images_of(config, train))
+
+
+def _opened(workdir: pathlib.Path, config: ConfigDict, for_what: str) -> tuple[Source, Source]:
+    try:
+        return open_splits(config.data)
+    except UserError as error:
+        raise UserError(f"{workdir} needs its training images for {for_what}: {error}") from error
