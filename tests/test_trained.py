@@ -17,6 +17,7 @@ from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.train.evaluation import evaluate_run
 from mimicnorm_jax.train.loop import train
 from mimicnorm_jax.train.workdir import saved_config
+from tests.runs import TINY
 
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "predict.md"
 EARLIER = pathlib.Path(__file__).parent / "train" / "runs_of_894fa89.tar.xz"
@@ -189,8 +190,6 @@ def test_a_network_that_was_built_otherwise_is_refused_by_name(earlier, tmp_path
         mimicnorm_jax.load(workdir)
     (workdir / "summary.json").unlink()
     for mode in ("eval", "train"):
-        done = run_main(f"--mode={mode}", f"--workdir={workdir}", "--config.data.image_size=32")
-        assert done.returncode == 2 and "another configuration: config.data" in done.stderr
         done = run_main(f"--mode={mode}", f"--workdir={workdir}")
         assert done.returncode == 2 and message in done.stderr, done.stderr
 
@@ -207,10 +206,42 @@ def test_the_page_of_the_docs_works(run, photographs, tmp_path, monkeypatch, cap
 
 
 def test_a_run_of_averages_has_statistics_of_them(tiny_config, tmp_path):
-    config = tiny_config(width=0.25, optimizer__ema_decay=0.9)
+    config = tiny_config(network="mlp", optimizer__ema_decay=0.9)
     train(config, tmp_path / "run")
     evaluation = evaluate_run(config, tmp_path / "run")["latest"]
     network = mimicnorm_jax.load(tmp_path / "run", "latest")
     _, test = open_splits(config.data)
     accuracy = np.mean(network.predict(test.images).argmax(-1) == test.labels)
     assert accuracy == pytest.approx(evaluation["test_accuracy"], abs=1e-6)
+
+
+def test_a_run_is_evaluated_and_resumed_without_repeating_its_fields(run_main, tmp_path):
+    workdir = tmp_path / "run"
+    overrides = (
+        *("--config.seed=3", "--config.batch_size=48", "--config.learning_rate=0.05"),
+        *("--config.data.pad_crop=2", "--config.optimizer.nesterov=true", "--config.epochs=2"),
+        *("--config.optimizer.label_smoothing=0.1", "--config.schedule.name=constant"),
+    )
+    begun = run_main(*TINY, *overrides, f"--workdir={workdir}", "--config.max_steps=9")
+    assert begun.returncode == 0, begun.stderr
+    done = run_main("--mode=eval", f"--workdir={workdir}")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((workdir / "summary.json").read_text())
+    evaluation = json.loads((workdir / "eval.json").read_text())
+    assert evaluation["latest"]["step"] == 9
+    assert evaluation["latest"]["test_accuracy"] == summary["final_test_accuracy"]
+    done = run_main("--workdir", workdir, "--config.max_steps=12")
+    assert done.returncode == 0, done.stderr
+    resumed = json.loads((workdir / "summary.json").read_text())
+    assert (resumed["steps"], resumed["resumed_from_step"]) == (12, 9)
+    assert resumed["config"] == summary["config"] | {"max_steps": 12}
+    done = run_main("--mode=eval", f"--workdir={workdir}", "--config.seed=4")
+    assert done.returncode == 2 and "config.seed (3 there, 4 now)" in done.stderr
+    for folder, message in [
+        (tmp_path / "none", "is not the folder of a run: it has no config.json"),
+        (tmp_path, "is not the folder of a run: it has no config.json"),
+    ]:
+        done = run_main("--mode=eval", f"--workdir={folder}")
+        assert done.returncode == 2 and message in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert "--config is missing" in run_main("--mode=eval").stderr
