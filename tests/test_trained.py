@@ -6,6 +6,7 @@ import re
 import shutil
 import tarfile
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -192,6 +193,14 @@ def test_a_network_that_was_built_otherwise_is_refused_by_name(earlier, tmp_path
     for mode in ("eval", "train"):
         done = run_main(f"--mode={mode}", f"--workdir={workdir}")
         assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_a_run_in_float64_needs_64_bit_types(tiny_config, tmp_path, float64):
+    config = tiny_config(network="mlp", precision="float64")
+    train(config, tmp_path / "run")
+    assert mimicnorm_jax.load(tmp_path / "run").predict([np.eye(8, dtype=np.uint8)]).dtype == float
+    with jax.enable_x64(False), pytest.raises(UserError, match="was trained in float64: first"):
+        mimicnorm_jax.load(tmp_path / "run")
 
 
 def test_the_page_of_the_docs_works(run, photographs, tmp_path, monkeypatch, capsys):

@@ -24,7 +24,10 @@ from tqdm import tqdm
 from mimicnorm_jax import command_line
 from mimicnorm_jax.data.folder import IMAGE_SUFFIXES
 from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.parallel import make_mesh
 from mimicnorm_jax.tools.report import JSON, PLOT, check_output, write_json
+from mimicnorm_jax.train.setup import configure_jax, silence_false_alarms
+from mimicnorm_jax.train.workdir import saved_config
 from mimicnorm_jax.trained import TrainedNetwork, Which, load
 
 _WHICH = flags.DEFINE_enum("which", "best", get_args(Which), "Which checkpoint.")
@@ -146,6 +149,8 @@ def _run(run: str = "", *arguments: str) -> None:
     check_output("csv", _CSV.value, [".csv"])
     check_output("plot", PLOT.value, [".png"])
     paths = images_in(arguments)
+    configure_jax(saved_config(pathlib.Path(run)))
+    silence_false_alarms(make_mesh(1))
     network = load(run, _WHICH.value)  # type: ignore[arg-type]
     top = min(_TOP.value, len(network.classes))
     found: list[Answer] = []
