@@ -51,9 +51,9 @@ def given(argv: list[str], name: str) -> str | None:
     return value
 
 
-def _parse(argv: list[str], saved_in: Callable[[list[str]], str | None]) -> list[str]:
+def _parse(argv: list[str], saved_in: Callable[[list[str]], str | None] | None) -> list[str]:
     """Parses the command line; what is wrong with it is a ``UserError``, never a traceback."""
-    if given(argv, "config") is None and (run := saved_in(argv)):
+    if saved_in and given(argv, "config") is None and (run := saved_in(argv)):
         argv = [argv[0], f"--config={_SAVED_CONFIG}:{run}", *argv[1:]]
     for argument in argv[1:]:
         name = argument.lstrip("-").partition("=")[0]
@@ -94,7 +94,7 @@ def run_program(
     program: Program | Mapping[str, Program],
     *,
     without_config: Collection[str] = (),
-    saved_in: Callable[[list[str]], str | None] = lambda argv: None,
+    saved_in: Callable[[list[str]], str | None] | None = None,
     takes_arguments: bool = False,
 ) -> None:
     """Parses the flags and runs a program.
@@ -111,6 +111,7 @@ def run_program(
       takes_arguments: call the only program with the arguments that are no flags; else there
         may be none.
     """
+    instead = "; or --workdir=RUN of a run that was begun" if saved_in else ""
     programs = program if isinstance(program, Mapping) else {"": program}
 
     def parse(argv: list[str]) -> list[str]:
@@ -123,9 +124,9 @@ def run_program(
             raise unknown("command", name, [known for known in programs if known])
         if name in without_config:
             if _CONFIG.value is not None:
-                raise UserError(f"{name} takes no --config")
+                raise UserError(f"{name or 'this program'} takes no --config")
         elif _CONFIG.value is None:
-            raise UserError("--config is missing; for example --config digits_resnet20")
+            raise UserError("--config is missing; for example --config digits_resnet20" + instead)
         if not takes_arguments:
             _reject_arguments(rest)
         return [argv[0], name, *rest]

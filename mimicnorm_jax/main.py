@@ -42,7 +42,7 @@ def _run() -> None:
     config = command_line.config()
     validate(config)
     default = workdir.default_workdir(config, command_line.config_path())
-    folder = pathlib.Path(_WORKDIR.value or default)
+    folder = pathlib.Path(_WORKDIR.value or default).expanduser()
     setup.configure_jax(config)
     startup.join()
     if _MODE.value == "train":
@@ -57,8 +57,9 @@ def _run() -> None:
 def _run_of(argv: list[str]) -> str | None:
     """The folder of the run to be evaluated, or to go on, where no --config is given."""
     folder = command_line.given(argv, "workdir")
-    evaluates = command_line.given(argv, "mode") == "eval"
-    return folder if evaluates or (pathlib.Path(folder or ".") / "config.json").exists() else None
+    if not folder or command_line.given(argv, "mode") == "eval":
+        return folder
+    return folder if (pathlib.Path(folder).expanduser() / "config.json").exists() else None
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # slow to import
     from mimicnorm_jax.train.description import Description
 
 Which = Literal["best", "latest"]
-ImageLike = str | os.PathLike[str] | bytes | np.ndarray
+ImageLike = str | os.PathLike[str] | bytes | np.typing.ArrayLike
+Images = np.ndarray | Iterable[ImageLike]
 
 _MOST = 64  # images in a batch: what predictions take at a time
 
@@ -55,8 +56,8 @@ class TrainedNetwork:
         The short side is resized, and the centre cropped.
 
         Args:
-          image: the path of an image file; its content; or pixels, uint8 ``(H, W)``,
-            ``(H, W, 1)`` or ``(H, W, 3)`` of any size.
+          image: the path of an image file; its content; or pixels of any size, uint8 ``(H, W)``,
+            ``(H, W, 1)`` or ``(H, W, 3)``, as an array of NumPy or JAX or an image of Pillow.
 
         Returns:
           uint8 ``image_shape``.
@@ -73,19 +74,23 @@ class TrainedNetwork:
     def _decode(self, image: ImageLike) -> np.ndarray:
         from mimicnorm_jax.data.images import decode
 
-        if isinstance(image, np.ndarray):
-            return _checked(image)
-        name = "the image" if isinstance(image, bytes) else str(image)
+        if hasattr(image, "__array__") or hasattr(image, "__array_interface__"):  # of Pillow
+            return _checked(np.asarray(image))
+        if not isinstance(image, str | bytes | os.PathLike):
+            raise UserError(
+                f"an image is a {type(image).__name__}; allowed: a path, bytes or an array"
+            )
+        name = f"of {len(image)} bytes" if isinstance(image, bytes) else str(image)
         if not isinstance(image, bytes):
             with refused_by_system(f"cannot read image {name}"):
-                image = pathlib.Path(image).expanduser().read_bytes()
+                image = _content(pathlib.Path(image).expanduser())
         try:
             return decode(image, upright=self._description.view.upright)
         except Exception as error:  # whatever a damaged file makes a decoder raise
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise UserError(f"cannot read image {name}: {reason}") from error
 
-    def logits(self, images: np.ndarray | Sequence[ImageLike]) -> np.ndarray:
+    def logits(self, images: Images) -> np.ndarray:
         """What the network puts out, float32 or float64 ``(N, num_classes)``.
 
         Args:
@@ -104,16 +109,19 @@ class TrainedNetwork:
             found.append(np.asarray(self._forward(padded))[: len(part)])
         return np.concatenate(found)
 
-    def _batch(self, images: np.ndarray | Sequence[ImageLike]) -> np.ndarray:
+    def _batch(self, images: Images) -> np.ndarray:
         if isinstance(images, str | bytes | os.PathLike):
             raise UserError("one image was given; put it into a list: [image]")
-        if isinstance(images, np.ndarray):
+        if hasattr(images, "__array__"):
+            images = np.asarray(images)
             if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
                 raise UserError(
                     f"images of type {images.dtype} and shape {images.shape}; allowed: uint8 "
                     f"{('N', *self.image_shape)}, or a list of images of any size"
                 )
             return images
+        if not isinstance(images, Iterable):
+            raise UserError(f"images are a {type(images).__name__}; allowed: a list, or an array")
         made = [self.preprocess(image) for image in images]
         return np.stack(made) if made else np.zeros((0, *self.image_shape), np.uint8)
 
@@ -135,7 +143,7 @@ class TrainedNetwork:
 
         return functools.partial(jax.jit(forward), state)
 
-    def predict(self, images: np.ndarray | Sequence[ImageLike]) -> np.ndarray:
+    def predict(self, images: Images) -> np.ndarray:
         """Probabilities of the classes, float32 or float64 ``(N, num_classes)``.
 
         They are the softmax of the logits. With a last BN, which bounds the logits, even a
@@ -146,6 +154,13 @@ class TrainedNetwork:
         x = self.logits(images)
         e = np.exp(x - x.max(-1, keepdims=True))
         return e / e.sum(-1, keepdims=True)
+
+
+def _content(path: pathlib.Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except ValueError as error:  # such as a path with a zero
+        raise UserError(f"cannot read image {str(path)!r}: {error}") from error
 
 
 def _checked(image: np.ndarray) -> np.ndarray:

@@ -78,8 +78,12 @@ def test_a_file_becomes_what_the_evaluation_made_of_it(run, photographs):
     paths = sorted((photographs / "test").glob("*/*"))
     made = np.stack([network.preprocess(path) for path in paths])
     np.testing.assert_array_equal(made, test.images)
-    for image in (paths[0].read_bytes(), np.asarray(Image.open(paths[0])), str(paths[0])):
-        np.testing.assert_array_equal(network.preprocess(image), made[0])
+    with Image.open(paths[0]) as opened:
+        pixels = np.asarray(opened)
+        kinds = (paths[0].read_bytes(), pixels, jax.numpy.asarray(pixels), str(paths[0]), opened)
+        for image in kinds:
+            np.testing.assert_array_equal(network.preprocess(image), made[0])
+    np.testing.assert_array_equal(network.logits(jax.numpy.asarray(made)), network.logits(made))
 
 
 def test_one_image_at_a_time_is_the_same_as_many(run, photographs):
@@ -100,7 +104,10 @@ def test_one_image_at_a_time_is_the_same_as_many(run, photographs):
         (np.zeros((2, 12, 12, 3)), r"float64 and shape .*; allowed: uint8 \('N', 12, 12, 3\)"),
         (np.zeros((12, 12, 3), np.uint8), r"allowed: uint8 \('N', 12, 12, 3\)"),
         ([np.zeros((5, 5, 4), np.uint8)], r"shape \(5, 5, 4\); allowed: uint8 \(H, W\)"),
-        ([b"no image"], "^cannot read image the image: it is no image$"),
+        ([b"no image"], "^cannot read image of 8 bytes: it is no image$"),
+        ([None], "an image is a NoneType; allowed: a path, bytes or an array"),
+        (None, "images are a NoneType; allowed: a list, or an array"),
+        (["a\0b"], "^cannot read image 'a.x00b': "),
         (["nowhere.png"], "^cannot read image nowhere.png: No such file"),
     ],
 )
@@ -128,15 +135,29 @@ def test_what_is_no_run_is_one_line(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(workdir, copy)
     description = json.loads((copy / "run.json").read_text())
+    images, view = description["images"], description["view"]
     for change, message in [
         ({"format": 2}, "run.json has format 2, and this version of mimicnorm-jax reads 1"),
-        ({"class_names": ["ant"]}, "run.json is damaged: .*not of 3 classes and 3 channels"),
+        ({"class_names": ["ant"]}, "run.json is damaged: .*names 1 of 3 classes"),
+        ({"class_names": "ant"}, "run.json is damaged: .*no list of words"),
         ({"view": {}}, "run.json is damaged: TypeError"),
+        ({"view": view | {"size": 8}}, "run.json is damaged: .*12 x 12 pixels do not come of"),
+        ({"view": view | {"size": None}}, "run.json is damaged"),
         ({"images": []}, "run.json is damaged"),
+        ({"images": images | {"shape": [12, 12]}}, "run.json is damaged"),
+        ({"images": images | {"std": [0, 1, 1]}}, "run.json is damaged: .*mean and std"),
+        ({"images": images | {"std": "abc"}}, "run.json is damaged"),
     ]:
         (copy / "run.json").write_text(json.dumps(description | change))
         with pytest.raises(UserError, match=message):
             mimicnorm_jax.load(copy)
+    more = {"class_names": [*"abcd"], "images": images | {"num_classes": 4}}
+    (copy / "run.json").write_text(json.dumps(description | more))
+    with pytest.raises(UserError, match="a checkpoint of another network"):
+        mimicnorm_jax.load(copy)
+    (copy / "run.json").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"cannot read .*run\.json"):
+        mimicnorm_jax.load(copy)
     shutil.rmtree(copy / "checkpoints")
     shutil.copy(workdir / "run.json", copy)
     for which in ("best", "latest"):
@@ -182,6 +203,36 @@ def test_an_earlier_run_says_what_its_images_are_needed_for(earlier, tmp_path):
     workdir = changed(earlier / "mimicnorm", tmp_path / "run", **fields)
     with pytest.raises(UserError, match=r"needs its training images for its classes, .*'gone'"):
         mimicnorm_jax.load(workdir)
+
+
+def test_images_that_are_needed_have_to_be_those_of_the_run(earlier, tmp_path):
+    workdir = changed(earlier / "mimicnorm", tmp_path / "run")
+    data = json.loads((workdir / "data.json").read_text())
+    data["train"]["sha256"] = "of others"
+    (workdir / "data.json").write_text(json.dumps(data))
+    with pytest.raises(UserError, match=r"needs its training images .* on other train images"):
+        mimicnorm_jax.load(workdir)
+
+
+def test_what_resizes_images_does_so_here(tiny_config, tmp_path):
+    """Digits know no ``data.resize``, and so nothing is cut off their files."""
+    config = tiny_config(network="mlp", data__resize=12, max_steps=1)
+    train(config, tmp_path / "run")
+    network = mimicnorm_jax.load(tmp_path / "run")
+    image = read_digits()[0][0]
+    np.testing.assert_array_equal(network.preprocess(image)[..., 0], image)
+
+
+def test_a_run_of_a_later_version_does_not_go_on_here(tiny_config, tmp_path):
+    config = tiny_config(network="mlp", max_steps=1)
+    train(config, tmp_path / "run")
+    path = tmp_path / "run" / "run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 2}))
+    config.max_steps = 2
+    with pytest.raises(UserError, match="format 2"):
+        train(config, tmp_path / "run")
+    with pytest.raises(UserError, match="format 2"):
+        evaluate_run(config, tmp_path / "run")
 
 
 def test_a_network_that_was_built_otherwise_is_refused_by_name(earlier, tmp_path, run_main):
@@ -253,4 +304,4 @@ def test_a_run_is_evaluated_and_resumed_without_repeating_its_fields(run_main, t
         done = run_main("--mode=eval", f"--workdir={folder}")
         assert done.returncode == 2 and message in done.stderr
         assert len(done.stderr.splitlines()) == 1
-    assert "--config is missing" in run_main("--mode=eval").stderr
+    assert "or --workdir=RUN of a run that was begun" in run_main("--mode=eval").stderr

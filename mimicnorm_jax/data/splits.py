@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 from mimicnorm_jax.data.folder import open_folders
 from mimicnorm_jax.data.generated import open_digits, open_synthetic
 from mimicnorm_jax.data.idx import open_idx
-from mimicnorm_jax.data.sources import ArraySource, EncodedSource, Source, cache
+from mimicnorm_jax.data.sources import ArraySource, EncodedSource, Source, View, cache
 from mimicnorm_jax.data.tfds import open_tfds
 from mimicnorm_jax.errors import UserError, unknown
 
@@ -21,6 +22,16 @@ SOURCES: dict[str, Callable[[ConfigDict], tuple[Source, Source]]] = {
     "synthetic": open_synthetic,
     "tfds": open_tfds,
 }
+
+
+# Sources that resize and crop images as ``View`` says; the others resize them to their size.
+_WITH_VIEW = ("folder", "tfds")
+
+
+def view_of(data: ConfigDict) -> View:
+    """How evaluation brings an image of ``config.data`` to its size."""
+    view = View.of(data)
+    return view if data.name in _WITH_VIEW else dataclasses.replace(view, resize=view.size)
 
 
 def open_splits(data: ConfigDict) -> tuple[Source, Source]:

@@ -4,13 +4,13 @@ r"""What a trained network says of images.
   find . -name '*.png' | python -m mimicnorm_jax.tools.predict RUN -
 
 RUN is the folder of a run. A folder stands for all images below it, ``-`` for a list of paths on
-standard input. Damaged images are named and left out; then the exit code is 1.
+standard input. Damaged images are named and left out; then the exit code is 1. The answers are
+kept by --csv, --json and --plot=FILE.png.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import json
 import pathlib
 import sys
@@ -44,17 +44,21 @@ def images_in(arguments: Sequence[str]) -> list[pathlib.Path]:
     """The image files that arguments of the command line stand for, in order.
 
     Raises:
-      UserError: there is no such file, or no image in a folder.
+      UserError: there is no such file, no image in a folder, or an empty list. (A file that a
+        list names may be missing: it counts as damaged.)
     """
     found: list[pathlib.Path] = []
     for argument in arguments:
         if argument == "-":
-            found += [pathlib.Path(line) for line in sys.stdin.read().splitlines() if line]
-            continue
-        path = pathlib.Path(argument).expanduser()
-        if not path.exists():
-            raise UserError(f"{argument} does not exist")
-        found += _images_below(path) if path.is_dir() else [path]
+            listed = [pathlib.Path(line) for line in sys.stdin.read().splitlines() if line]
+            if not listed:
+                raise UserError("the list on standard input is empty")
+        else:
+            listed = [pathlib.Path(argument).expanduser()]
+            if not argument or not listed[0].exists():
+                raise UserError(f"{argument!r} does not exist")
+        for path in listed:
+            found += _images_below(path) if path.is_dir() else [path]
     return found
 
 
@@ -63,7 +67,9 @@ def _images_below(folder: pathlib.Path) -> list[pathlib.Path]:
         found = sorted(
             path
             for path in folder.rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+            if path.suffix.lower() in IMAGE_SUFFIXES
+            and not path.name.startswith(".")
+            and path.is_file()
         )
     if not found:
         raise UserError(f"{folder} has no images ({', '.join(IMAGE_SUFFIXES)})")
@@ -109,17 +115,17 @@ def line(answer: Answer) -> str:
     return f"{answer['path']}:  " + "  ".join(classes)
 
 
-def as_csv(found: Sequence[Answer]) -> str:
-    """A table: a row for each image, and two columns for each class shown."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+def write_csv(found: Sequence[Answer], path: pathlib.Path) -> None:
+    """Writes a table: a row for each image, and two columns for each class shown."""
     count = max((len(answer["classes"]) for answer in found), default=0)
     names = [f"{name}_{i}" for i in range(1, count + 1) for name in ("class", "probability")]
-    writer.writerow(["path", *names])
-    for answer in found:
-        cells = [cell for c in answer["classes"] for cell in (c["class"], c["probability"])]
-        writer.writerow([answer["path"], *cells])
-    return text.getvalue()
+    # the name of a file need not be text
+    with path.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path", *names])
+        for answer in found:
+            cells = [cell for c in answer["classes"] for cell in (c["class"], c["probability"])]
+            writer.writerow([answer["path"], *cells])
 
 
 def plot(found: Sequence[Answer], images: Sequence[np.ndarray], path: pathlib.Path) -> None:
@@ -143,13 +149,13 @@ def plot(found: Sequence[Answer], images: Sequence[np.ndarray], path: pathlib.Pa
 
 
 def _run(run: str = "", *arguments: str) -> None:
-    if not arguments:
+    if not run or not arguments:
         raise UserError("say which run and which images: RUN PATH…")
     check_output("json", JSON.value, [".json"])
     check_output("csv", _CSV.value, [".csv"])
     check_output("plot", PLOT.value, [".png"])
+    configure_jax(saved_config(pathlib.Path(run).expanduser()))
     paths = images_in(arguments)
-    configure_jax(saved_config(pathlib.Path(run)))
     silence_false_alarms(make_mesh(1))
     network = load(run, _WHICH.value)  # type: ignore[arg-type]
     top = min(_TOP.value, len(network.classes))
@@ -165,7 +171,7 @@ def _run(run: str = "", *arguments: str) -> None:
     write_json(json.dumps(found, indent=2) + "\n")
     if _CSV.value:
         with refused_by_system(f"--csv={_CSV.value} cannot be written"):
-            pathlib.Path(_CSV.value).write_text(as_csv(found))
+            write_csv(found, pathlib.Path(_CSV.value))
         print(f"table: {_CSV.value}")
     if PLOT.value and found:
         with refused_by_system(f"--plot={PLOT.value} cannot be written"):

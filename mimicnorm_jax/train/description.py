@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mimicnorm_jax.data.sources import Source, View
+from mimicnorm_jax.data.splits import view_of
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.train.checkpoint import latest_step
 from mimicnorm_jax.train.program import Images
@@ -39,7 +40,7 @@ class Description:
     @classmethod
     def of(cls, config: ConfigDict, train: Source, images: Images) -> Description:
         """That of a run on a training split."""
-        return cls(tuple(train.class_names), images, View.of(config.data))
+        return cls(tuple(train.class_names), images, view_of(config.data))
 
 
 def write_description(workdir: pathlib.Path, description: Description) -> None:
@@ -76,30 +77,41 @@ def read_description(workdir: pathlib.Path) -> Description | None:
         )
     try:
         return _parse(value)
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _parse(value: dict[str, Any]) -> Description:
-    images = dict(value["images"])
-    lists = {name: tuple(images[name]) for name in ("shape", "mean", "std")}
-    found = Description(
-        tuple(value["class_names"]), Images(**images | lists), View(**value["view"])
+    of_images, names = value["images"], value["class_names"]
+    height, width, channels = map(int, of_images["shape"])
+    images = Images(
+        shape=(height, width, channels),
+        num_classes=int(of_images["num_classes"]),
+        num_examples=int(of_images["num_examples"]),
+        mean=tuple(map(float, of_images["mean"])),
+        std=tuple(map(float, of_images["std"])),
     )
-    classes, channels = found.images.num_classes, found.images.shape[2]
-    if len(found.class_names) != classes or {channels} != {len(lists["mean"]), len(lists["std"])}:
-        raise ValueError(f"it is not of {classes} classes and {channels} channels")
-    return found
+    view = View(**value["view"])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("class_names are no list of words")
+    if len(names) != images.num_classes:
+        raise ValueError(f"it names {len(names)} of {images.num_classes} classes")
+    if not channels == len(images.mean) == len(images.std) or min(images.std) <= 0:
+        raise ValueError(f"mean and std are not those of {channels} channels")
+    if not height == width == view.size <= view.resize:
+        raise ValueError(f"images of {height} x {width} pixels do not come of {view}")
+    return Description(tuple(names), images, view)
 
 
 def check_network(workdir: pathlib.Path, config: ConfigDict) -> None:
     """Makes sure that this version builds the network of a run as the one that trained it did.
 
     Raises:
-      UserError: an earlier version built it otherwise.
+      UserError: an earlier version built it otherwise, or a later one may have.
     """
+    description = read_description(workdir)
     changed = _BUILT_OTHERWISE.get(config.network)
-    if changed and latest_step(workdir / "checkpoints") and not (workdir / NAME).exists():
+    if changed and latest_step(workdir / "checkpoints") and description is None:
         raise UserError(
             f"{workdir} is a run of {config.network} by an earlier version, which built another "
             f"network ({changed}); train it again in another folder, or use that version"

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -21,7 +22,7 @@ from mimicnorm_jax.train.metrics import evaluations
 from mimicnorm_jax.train.program import make_program
 from mimicnorm_jax.train.setup import experiment_of, images_of
 from mimicnorm_jax.train.state import Network, TrainState
-from mimicnorm_jax.train.workdir import saved_config
+from mimicnorm_jax.train.workdir import check_data, data_identity, saved_config
 
 
 class RestoredNetwork(NamedTuple):
@@ -52,15 +53,18 @@ def restore(workdir: pathlib.Path, which: str) -> RestoredNetwork:
         raise UserError(
             f"{workdir} was trained in float64: first jax.config.update('jax_enable_x64', True)"
         )
-    config.num_devices = 1
-    description = read_description(workdir) or _described_by_data(workdir, config)
+    here = config.copy_and_resolve_references()
+    here.num_devices = 1
+    description = read_description(workdir) or _described_by_data(workdir, here)
     mesh = make_mesh(1)
-    program = make_program(config, description.images, mesh)
+    program = make_program(here, description.images, mesh)
     restored = _read(workdir, which, program.abstract_state)
+    if jax.tree.map(np.shape, restored.state) != jax.tree.map(np.shape, program.abstract_state):
+        raise UserError(f"{workdir} has a checkpoint of another network than its config.json says")
     state: TrainState = jax.tree.map(jnp.asarray, restored.state)
     if state.ema_params is not None and jax.tree.leaves(state.batch_stats):
-        splits = _opened(workdir, config, "the statistics of its averaged parameters")
-        experiment = experiment_of(config, description.images, mesh, *splits)
+        splits = _opened(workdir, here, "the statistics of its averaged parameters")
+        experiment = experiment_of(here, description.images, mesh, *splits)
         state = averaged(experiment, replicate(restored.state, mesh))
     model = _model(program.network, state)
     return RestoredNetwork(config, description, model, int(restored.state.step))
@@ -88,6 +92,8 @@ def _described_by_data(workdir: pathlib.Path, config: ConfigDict) -> Description
 
 def _opened(workdir: pathlib.Path, config: ConfigDict, for_what: str) -> tuple[Source, Source]:
     try:
-        return open_splits(config.data)
+        train, test = open_splits(config.data)
+        check_data(workdir, data_identity(train, test))
     except UserError as error:
         raise UserError(f"{workdir} needs its training images for {for_what}: {error}") from error
+    return train, test

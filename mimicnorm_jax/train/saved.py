@@ -11,4 +11,4 @@ from mimicnorm_jax.train.workdir import saved_config
 
 def get_config(workdir: str) -> ConfigDict:
     """The configuration of the run in ``workdir``; raises ``UserError`` where there is none."""
-    return saved_config(pathlib.Path(workdir))
+    return saved_config(pathlib.Path(workdir).expanduser())

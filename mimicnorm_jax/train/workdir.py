@@ -149,10 +149,10 @@ def finished_summary(workdir: pathlib.Path) -> Summary | None:
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Reads a JSON object; raises ``UserError`` with its path if it is damaged."""
     with refused_by_system(f"cannot read {path}"):
-        text = path.read_text()
+        content = path.read_bytes()
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        value = json.loads(content)
+    except ValueError as error:  # no JSON, or no text
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"cannot read {path}: it holds no JSON object")

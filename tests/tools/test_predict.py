@@ -2,6 +2,8 @@
 
 import csv
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from PIL import Image
 
 import mimicnorm_jax
 from mimicnorm_jax.data.generated import read_digits
+from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.train.loop import train
 
 
@@ -82,6 +85,22 @@ def test_folders_and_lists_stand_for_their_images(digits, tmp_path, monkeypatch)
     assert tool.images_in([str(digits / "1")]) == paths
     monkeypatch.setattr("sys.stdin.read", lambda: f"{paths[3]}\n\n{paths[0]}\n", raising=False)
     assert tool.images_in(["-", str(paths[1])]) == [paths[3], paths[0], paths[1]]
+    (tmp_path / "no_image.png").mkdir()
+    shutil.copy(paths[0], tmp_path / "1.png")
+    monkeypatch.setattr("sys.stdin.read", lambda: f"{tmp_path}\n", raising=False)
+    assert tool.images_in(["-"]) == [tmp_path / "1.png"]
+    monkeypatch.setattr("sys.stdin.read", lambda: "\n", raising=False)
+    with pytest.raises(UserError, match="the list on standard input is empty"):
+        tool.images_in(["-"])
+
+
+def test_a_name_that_is_no_text_is_kept(tmp_path):
+    from mimicnorm_jax.tools import predict as tool
+
+    path = os.fsdecode(b"\xff.png")
+    answer = {"path": path, "classes": [{"class": "é", "probability": 0.5}]}
+    tool.write_csv([answer], tmp_path / "a.csv")
+    assert (tmp_path / "a.csv").read_bytes().splitlines()[1] == b"\xff.png,\xc3\xa9,0.5"
 
 
 @pytest.mark.parametrize(
@@ -89,12 +108,14 @@ def test_folders_and_lists_stand_for_their_images(digits, tmp_path, monkeypatch)
     [
         ([], "say which run and which images: RUN PATH…"),
         (["RUN"], "say which run and which images: RUN PATH…"),
-        (["RUN", "nowhere"], "nowhere does not exist"),
+        (["RUN", "nowhere"], "'nowhere' does not exist"),
+        (["RUN", ""], "'' does not exist"),
+        (["", "DIGITS"], "say which run and which images: RUN PATH…"),
         (["RUN", "EMPTY"], "has no images (.jpg, .jpeg, .png)"),
         (["EMPTY", "DIGITS"], "is not the folder of a run"),
         (["RUN", "DIGITS", "--which=last"], "flag --which=last"),
         (["RUN", "DIGITS", "--csv=a.txt"], "--csv=a.txt does not end in .csv"),
-        (["RUN", "DIGITS", "--config=digits_resnet20"], "takes no --config"),
+        (["RUN", "DIGITS", "--config=digits_resnet20"], "this program takes no --config"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(predict, run, digits, tmp_path, arguments, message):
