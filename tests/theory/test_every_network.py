@@ -95,8 +95,8 @@ def test_large_images_are_predicted_too(photos):
     np.testing.assert_allclose(ratio, 1.0, atol=0.25)
 
 
-# Most others leave something of these out; group norms are in test_signal.py.
-QUICK = ("mimicnorm", "fixup")
+# Most others leave something of this out; group norms are in test_signal.py.
+QUICK = ("mimicnorm",)
 
 
 @pytest.mark.parametrize(

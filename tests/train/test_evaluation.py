@@ -19,7 +19,14 @@ def trained(config, steps=3):
     return experiment, state
 
 
-@pytest.mark.parametrize(("network", "devices", "ema"), [("mlp", 1, 0.0), ("resnet8", 4, 0.5)])
+@pytest.mark.parametrize(
+    ("network", "devices", "ema"),
+    [
+        ("mlp", 1, 0.0),
+        ("mlp", 4, 0.5),
+        pytest.param("resnet8", 4, 0.5, marks=pytest.mark.long),
+    ],
+)
 def test_recalibration_gives_the_last_bn_the_moments_of_all_training_logits(
     network, devices, ema, tiny_config, float64
 ):
