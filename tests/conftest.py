@@ -42,6 +42,17 @@ def pytest_collection_finish():
     gc.set_threshold(50_000, 20, 50)
 
 
+@pytest.fixture(autouse=True)
+def _environment_is_left_alone():
+    """Else what a later test starts is started otherwise (tests/forkserver.py)."""
+    before = dict(os.environ)
+    yield
+    after = dict(os.environ)
+    for environment in (before, after):
+        environment.pop("PYTEST_CURRENT_TEST", None)
+    assert after == before
+
+
 @pytest.fixture
 def float64():
     """64-bit types for one test: equality of two computations is proved in them."""

@@ -23,13 +23,9 @@ _PAIRS = 200
 
 def _layers(kind: Kind, images: jax.Array, count: int) -> list[jax.Array]:
     """The hidden layers of a network of ``count`` dense layers at initialization."""
-    create = mlp(kind, count - 2, WIDTH, *images.shape[2:])
-
-    @jax.jit
-    def run(images: jax.Array) -> list[jax.Array]:
-        return layer_outputs(create(nnx.Rngs(0)), images)  # type: ignore[arg-type]
-
-    return run(images)
+    model = mlp(kind, count - 2, WIDTH, *images.shape[2:])(nnx.Rngs(0))
+    # not as one program: its layers would each be compiled, here all are the same few operations
+    return layer_outputs(model, images)  # type: ignore[arg-type]
 
 
 def _channels_of(kind: Kind, layers: tuple[int, ...], data: Data, quick: bool) -> Numbers:
