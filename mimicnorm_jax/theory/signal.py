@@ -88,21 +88,24 @@ class Signal:
         return total / max(pairs, 1)
 
 
-def _partner(field: jax.Array, offset: Offset) -> jax.Array:
-    """The values ``(B, H, W)`` of the partners; 0 outside of the image."""
-    _, height, width = field.shape
-    dy, dx = offset.dy, offset.dx
-    sides = ((0, 0), (max(0, -dy), max(0, dy)), (max(0, -dx), max(0, dx)))
-    top, left = max(0, dy), max(0, dx)
-    padded = jnp.pad(jnp.roll(field, -offset.images, axis=0), sides)
-    return padded[:, top : top + height, left : left + width]
-
-
 def partners_of(field: jax.Array, offsets: tuple[Offset, ...]) -> jax.Array:
-    """``(D, B, H, W)``: the values of all partners of ``(B, H, W)``."""
+    """``(D, B, H, W)``: the values of all partners of ``(B, H, W)``; 0 outside of the image."""
     if not offsets:
         return jnp.zeros((0, *field.shape), field.dtype)
-    return jnp.stack([_partner(field, offset) for offset in offsets])
+    margin = max(max(abs(offset.dy), abs(offset.dx)) for offset in offsets)
+    starts = [(o.images % len(field), margin + o.dy, margin + o.dx) for o in offsets]
+    return _cut(field, jnp.array(starts), margin=margin)
+
+
+@functools.partial(jax.jit, static_argnames="margin")
+def _cut(field: jax.Array, starts: jax.Array, *, margin: int) -> jax.Array:
+    """Equally large parts of the field, which begins anew after its last image.
+
+    One program, whatever the offsets are: an operation for each would be compiled for each.
+    """
+    border = (margin, margin)
+    padded = jnp.pad(jnp.concatenate([field, field]), ((0, 0), border, border))
+    return jax.vmap(lambda start: lax.dynamic_slice(padded, start, field.shape))(starts)
 
 
 def take(signal: Signal, offsets: tuple[Offset, ...]) -> jax.Array:

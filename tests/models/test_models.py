@@ -111,10 +111,16 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_the_rest_in_float32():
             precision="bfloat16",
             rngs=nnx.Rngs(0),
         )
-        x = jnp.ones((4, 8, 8, 3), jnp.bfloat16)
-        assert model.stem(x).dtype == jnp.bfloat16
-        assert model.blocks[0](model.stem(x)).dtype == jnp.bfloat16
-        assert model(x).dtype == jnp.float32
+
+        @nnx.eval_shape  # types are known before anything is computed
+        def results(model=model):
+            x = jnp.ones((4, 8, 8, 3), jnp.bfloat16)
+            model = nnx.merge(*nnx.split(model), copy=True)  # whose statistics may change here
+            stem = model.stem(x)
+            return stem, model.blocks[0](stem), model(x)
+
+        types = [result.dtype for result in results]
+        assert types == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model)))
 
 

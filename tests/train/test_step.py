@@ -62,9 +62,10 @@ def relative_difference(a, b):
 @pytest.mark.parametrize(
     ("method", "precision"),
     [
-        *((method, "float64") for method in METHODS if method != "fixup"),
+        ("mimicnorm", "float64"),
+        ("batchnorm", "float64"),
         *(pytest.param(method, "float32", marks=pytest.mark.long) for method in METHODS),
-        pytest.param("fixup", "float64", marks=pytest.mark.long),
+        *(pytest.param(m, "float64", marks=pytest.mark.long) for m in ("nonorm", "fixup")),
     ],
 )
 def test_one_and_four_devices_agree(method, precision, tiny_config, request):
