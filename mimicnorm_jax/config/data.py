@@ -14,6 +14,7 @@ FIELDS: dict[str, Field] = {
     "data.tfds_name": Field("", "tfds: name of the data set, such as cifar100."),
     "data.train_split": Field("train", "Name of the training split or its folder."),
     "data.test_split": Field("test", "Name of the test split or its folder."),
+    "data.holdout": Field(0.0, "Share of the training images of each class that is not trained on: these choose the best checkpoint, in place of the test images.", **at_least(0, 0.5)),
     "data.image_size": Field(32, "Height and width of the images in pixels; others are resized.", **at_least(1, 8192)),
     "data.resize": Field(None, "folder, tfds: short side of an image before its centre is cropped to image_size (unset: image_size).", **at_least(1, 8192), kind=int),
     "data.upright": Field(True, "folder, tfds: turn images as their EXIF orientation says, which published ImageNet results do not.", **true_or_false()),

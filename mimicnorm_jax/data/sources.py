@@ -36,6 +36,11 @@ class Source(Protocol):
         """A digest that tells these examples from others, wherever they are stored."""
         ...
 
+    @property
+    def labels(self) -> np.ndarray:
+        """Of all examples, int32 ``(N,)``."""
+        ...
+
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
@@ -139,6 +144,14 @@ class EncodedSource(abc.ABC):
     @abc.abstractmethod
     def identity(self) -> str:
         """See ``Source``."""
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """See ``Source``. Where they are known beside the images, a subclass sets them."""
+        with ThreadPoolExecutor(8) as pool:
+            found = pool.map(lambda index: self.read(index)[1], range(len(self)))
+            shown = tqdm(found, "reading labels", len(self), disable=not sys.stderr.isatty())
+            return np.fromiter(shown, np.int32, len(self))
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         """The centre of an image, as in evaluation, and its label.

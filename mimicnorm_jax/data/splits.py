@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from mimicnorm_jax.data.folder import open_folders
 from mimicnorm_jax.data.generated import open_digits, open_synthetic
+from mimicnorm_jax.data.holdout import hold_out
 from mimicnorm_jax.data.idx import open_idx
 from mimicnorm_jax.data.sources import ArraySource, EncodedSource, Source, View, cache
 from mimicnorm_jax.data.tfds import open_tfds
@@ -32,6 +34,39 @@ def view_of(data: ConfigDict) -> View:
     """How evaluation brings an image of ``config.data`` to its size."""
     view = View.of(data)
     return view if data.name in _WITH_VIEW else dataclasses.replace(view, resize=view.size)
+
+
+class Splits(NamedTuple):
+    """The images of a run.
+
+    Attributes:
+      train: trained on.
+      test: the results are of these.
+      holdout: those of the training split that choose the best checkpoint; None where the test
+        images do.
+    """
+
+    train: Source
+    test: Source
+    holdout: Source | None
+
+
+def splits_of(config: ConfigDict) -> Splits:
+    """Opens the splits of a run, and holds ``config.data.holdout`` of the training images out.
+
+    Raises:
+      UserError: as ``open_splits``; or there are none to be held out.
+    """
+    train, test = open_splits(config.data)
+    if not config.data.holdout:
+        return Splits(train, test, None)
+    kept, out = hold_out(train, config.data.holdout, config.seed)
+    if not len(out):
+        raise UserError(
+            f"config.data.holdout = {config.data.holdout}: no class has more than one of the "
+            f"{len(train)} training images"
+        )
+    return Splits(kept, test, out)
 
 
 def open_splits(data: ConfigDict) -> tuple[Source, Source]:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from mimicnorm_jax.data.augment import normalize
 from mimicnorm_jax.data.pipeline import Pipeline
-from mimicnorm_jax.data.splits import open_splits
+from mimicnorm_jax.data.splits import splits_of
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.precision import resolve_precision
 from mimicnorm_jax.train.checkpoint import Checkpoints
@@ -60,7 +60,7 @@ def training_images(config: ConfigDict, count: int) -> tuple[Images, jax.Array, 
     Raises:
       UserError: the data are missing or damaged, or not as many.
     """
-    train, _ = open_splits(config.data)
+    train = splits_of(config).train
     if count > len(train):
         raise UserError(f"--images={count} is more than the {len(train)} training images")
     known = images_of(config, train)

@@ -211,7 +211,7 @@ class Checkpoints:
         return restored
 
     def restore_best(self, target: TrainState, accuracies: dict[int, float]) -> Restored:
-        """The checkpoint of the best test accuracy; if damaged, the next best, loudly.
+        """The checkpoint of the best accuracy; if damaged, the next best, loudly.
 
         Args:
           target: shapes and types to restore.

@@ -22,7 +22,7 @@ from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.parallel import coordination, replicate, shard_batch
 from mimicnorm_jax.train.checkpoint import Checkpoints
 from mimicnorm_jax.train.description import check_network
-from mimicnorm_jax.train.metrics import evaluations
+from mimicnorm_jax.train.metrics import accuracies
 from mimicnorm_jax.train.setup import Experiment, set_up_together
 from mimicnorm_jax.train.state import TrainState
 from mimicnorm_jax.train.workdir import check_data, check_workdir, write_json
@@ -51,7 +51,7 @@ def _batches(
 def evaluate(
     experiment: Experiment, state: TrainState, on_batch: OnBatch = _no_action
 ) -> dict[str, float]:
-    """Loss and accuracy over the whole test split, every example once.
+    """Loss and accuracy over the whole test split, every example once; and over the holdout.
 
     Args:
       experiment: whose network and data.
@@ -59,20 +59,26 @@ def evaluate(
       on_batch: called after each batch; may raise to end the evaluation.
 
     Returns:
-      ``test_loss``, ``test_accuracy`` (in [0, 1]) and ``test_examples``.
+      ``test_loss``, ``test_accuracy`` (in [0, 1]) and ``test_examples``; where images are held
+      out, also ``holdout_loss`` and so on.
     """
     state = averaged(experiment, state, on_batch)
-    sums = collections.Counter[str]()
-    batches = _batches(experiment, experiment.test_data, "evaluating", on_batch)
-    with contextlib.closing(batches):
-        for batch in batches:
-            metrics = experiment.eval_step(state.params, state.batch_stats, batch)
-            sums.update({name: value.item() for name, value in metrics.items()})
-    return {
-        "test_loss": sums["loss"] / sums["count"],
-        "test_accuracy": sums["correct"] / sums["count"],
-        "test_examples": sums["count"],
-    }
+    found: dict[str, float] = {}
+    splits = {"test": experiment.test_data, "holdout": experiment.holdout_data}
+    for name, split in splits.items():
+        if split is None:
+            continue
+        sums = collections.Counter[str]()
+        with contextlib.closing(_batches(experiment, split, "evaluating", on_batch)) as batches:
+            for batch in batches:
+                metrics = experiment.eval_step(state.params, state.batch_stats, batch)
+                sums.update({name: value.item() for name, value in metrics.items()})
+        found |= {
+            f"{name}_loss": sums["loss"] / sums["count"],
+            f"{name}_accuracy": sums["correct"] / sums["count"],
+            f"{name}_examples": sums["count"],
+        }
+    return found
 
 
 def averaged(
@@ -185,8 +191,7 @@ def evaluate_run(
     experiment = set_up_together(config)
     coordination.together("data", lambda: check_data(workdir, experiment.data_identity))
     checkpoints = Checkpoints(directory)
-    accuracies = {row["step"]: row["test_accuracy"] for row in evaluations(workdir)}
-    best = checkpoints.restore_best(experiment.abstract_state, accuracies)
+    best = checkpoints.restore_best(experiment.abstract_state, accuracies(workdir))
     latest = checkpoints.restore_latest(experiment.abstract_state, set_aside=False)
     states = {
         name: replicate(restored.state, experiment.mesh)

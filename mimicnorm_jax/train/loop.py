@@ -248,10 +248,7 @@ class _Loop:
             found = evaluate(self._experiment, self._state, self._tick)
             self._records.evaluated(self._step, self._epoch(), found)
             best = self._records.best["best_test_accuracy"]
-            self._progress.say(
-                f"epoch {self._epoch():.2f}: test_accuracy {100 * found['test_accuracy']:.2f}% "
-                f"test_loss {found['test_loss']:.4f} (best {100 * best:.2f}%)"
-            )
+            self._progress.say(messages.evaluated(self._epoch(), found, best))
 
     def _save(self) -> None:
         with self._throughput.paused():
@@ -283,6 +280,8 @@ class _Loop:
                 "images_per_second": self._throughput.total_rate(),
                 "final_test_accuracy": evaluation["test_accuracy"],
                 "final_test_loss": evaluation["test_loss"],
+                "final_holdout_accuracy": evaluation.get("holdout_accuracy"),
+                "best_chosen_by": "holdout" if "holdout_accuracy" in evaluation else "test",
                 "final_test_accuracy_recalibrated": recalibrated,
                 "test_examples": evaluation["test_examples"],
             },

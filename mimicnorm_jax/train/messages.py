@@ -31,8 +31,7 @@ def introduce(experiment: Experiment, workdir: pathlib.Path) -> None:
     device = experiment.mesh.devices.flat[0]
     print(
         f"{config.network} with {config.method} on {experiment.mesh.size} "
-        f"{device.device_kind} device(s): {len(experiment.train_data.source)} training and "
-        f"{len(experiment.test_data.source)} test images, {experiment.total_steps} steps\n"
+        f"{device.device_kind} device(s): {_counts(experiment)}, {experiment.total_steps} steps\n"
         f"everything goes to {workdir}",
         flush=True,
     )
@@ -44,6 +43,12 @@ def introduce(experiment: Experiment, workdir: pathlib.Path) -> None:
             f"{config.optimizer.ema_batches} training batches each time",
             flush=True,
         )
+
+
+def _counts(experiment: Experiment) -> str:
+    splits = experiment.splits
+    line = f"{len(splits.train)} training and {len(splits.test)} test images"
+    return line if splits.holdout is None else f"{line}, {len(splits.holdout)} held out"
 
 
 def loss_floor(config: ConfigDict, num_classes: int) -> str:
@@ -90,6 +95,16 @@ def resumed(experiment: Experiment, step: int, before: dict[str, Any]) -> str:
             f"{config.batch_size // before['num_devices']}"
         )
     return line
+
+
+def evaluated(epoch: float, found: dict[str, float], best: float) -> str:
+    """The results of an evaluation, and the test accuracy of the best one so far."""
+    line = f"epoch {epoch:.2f}: test_accuracy {100 * found['test_accuracy']:.2f}% "
+    line += f"test_loss {found['test_loss']:.4f} "
+    if "holdout_accuracy" not in found:
+        return f"{line}(best {100 * best:.2f}%)"
+    chosen = f"{100 * best:.2f}% where that on the images held out was best"
+    return f"{line}holdout_accuracy {100 * found['holdout_accuracy']:.2f}% ({chosen})"
 
 
 def finished(summary: Summary, workdir: pathlib.Path) -> str:

@@ -22,6 +22,8 @@ from mimicnorm_jax.layers import last_bn_loss_floor
 
 Row = dict[str, Any]
 
+_SPLITS = ("train", "test", "holdout")  # as their curves are called
+
 _SECONDS_BETWEEN_FLUSHES = 10.0  # of event files: each waits for the disk
 
 
@@ -141,6 +143,20 @@ def evaluations(workdir: pathlib.Path) -> list[Row]:
     return [row for row in read_rows(workdir) if "test_accuracy" in row]
 
 
+def chooses(row: Row) -> float:
+    """The accuracy of an evaluation that decides which checkpoint is the best.
+
+    That on the images held out (``config.data.holdout``); without them, as in the paper, that
+    on the test images.
+    """
+    return row["holdout_accuracy" if "holdout_accuracy" in row else "test_accuracy"]
+
+
+def accuracies(workdir: pathlib.Path) -> dict[int, float]:
+    """By step, the accuracy that decides which checkpoint is the best."""
+    return {row["step"]: chooses(row) for row in evaluations(workdir)}
+
+
 def plot_curves(workdir: pathlib.Path, title: str) -> pathlib.Path:
     """Draws loss, accuracy and learning rate over the epochs into ``curves.png``.
 
@@ -162,8 +178,8 @@ def plot_curves(workdir: pathlib.Path, title: str) -> pathlib.Path:
     figure.suptitle(title)
     least = ("train_loss_floor", "least of train")
     panels = (
-        ("loss", (("train_loss", "train"), ("test_loss", "test"), least)),
-        ("accuracy (%)", (("train_accuracy", "train"), ("test_accuracy", "test"))),
+        ("loss", (*((f"{split}_loss", split) for split in _SPLITS), least)),
+        ("accuracy (%)", tuple((f"{split}_accuracy", split) for split in _SPLITS)),
         ("learning rate", (("learning_rate", None),)),
     )
     for axes, (label, curves) in zip(figure.subplots(1, 3), panels, strict=True):
@@ -174,10 +190,12 @@ def plot_curves(workdir: pathlib.Path, title: str) -> pathlib.Path:
             epochs, values = zip(*points, strict=True)
             if "accuracy" in name:
                 values = tuple(100 * value for value in values)
-            is_test = name.startswith("test")
+            is_evaluation = name.startswith(_SPLITS[1:])
             style = {"ls": ":", "color": "gray"} if name == least[0] else {}
-            axes.plot(epochs, values, label=legend, marker="o" if is_test else None, ms=3, **style)
-            if is_test:
+            axes.plot(
+                epochs, values, label=legend, marker="o" if is_evaluation else None, ms=3, **style
+            )
+            if name.startswith("test"):
                 axes.annotate(
                     f"{values[-1]:.4g}",
                     (epochs[-1], values[-1]),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mimicnorm_jax.train.lock import WorkdirLock
-from mimicnorm_jax.train.metrics import MetricsWriter, Row
+from mimicnorm_jax.train.metrics import MetricsWriter, Row, chooses
 from mimicnorm_jax.train.progress import Throughput
 
 Metrics = dict[str, float]
@@ -20,7 +20,7 @@ class Records:
     Attributes:
       since_log: those of the steps since the last line of metrics, oldest first; a checkpoint
         keeps them.
-      best: accuracy and step of the best evaluation.
+      best: step of the best evaluation, and its accuracy on the test images.
       evaluation: that of the present state; None where there is none.
     """
 
@@ -28,6 +28,7 @@ class Records:
         self.since_log: list[Metrics] = []
         self.best: dict[str, Any] = {"best_test_accuracy": 0.0, "best_step": 0}
         self.evaluation: Metrics | None = None
+        self._most = 0.0  # of the accuracy that chooses
         self._writer: MetricsWriter | None = None
 
     def restore(self, since_log: list[Metrics], evaluations: Sequence[Row], step: int) -> None:
@@ -39,7 +40,9 @@ class Records:
             if row["step"] <= step:
                 self._note_best(row)
             if row["step"] == step:
-                self.evaluation = {k: v for k, v in row.items() if k.startswith("test_")}
+                self.evaluation = {
+                    k: v for k, v in row.items() if k.startswith(("test_", "holdout_"))
+                }
 
     def open(self, workdir: pathlib.Path, step: int, lock: WorkdirLock) -> None:
         """From now on rows are written to the folder of the run, while it is locked."""
@@ -82,7 +85,8 @@ class Records:
         self._note_best(row)
 
     def _note_best(self, row: Row) -> None:
-        if row["test_accuracy"] > self.best["best_test_accuracy"]:
+        if chooses(row) > self._most:
+            self._most = chooses(row)
             self.best = {"best_test_accuracy": row["test_accuracy"], "best_step": row["step"]}
 
     def _write(self, row: Row) -> None:

@@ -11,17 +11,16 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from mimicnorm_jax.data.sources import Source
-from mimicnorm_jax.data.splits import open_splits
+from mimicnorm_jax.data.splits import Splits, splits_of
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.parallel import make_mesh, replicate
 from mimicnorm_jax.train.checkpoint import Checkpoints, Restored
 from mimicnorm_jax.train.description import Description, check_network, read_description
 from mimicnorm_jax.train.evaluation import averaged
-from mimicnorm_jax.train.metrics import evaluations
+from mimicnorm_jax.train.metrics import accuracies
 from mimicnorm_jax.train.program import make_program
 from mimicnorm_jax.train.setup import experiment_of, images_of
-from mimicnorm_jax.train.state import Network, TrainState
+from mimicnorm_jax.train.state import TrainState
 from mimicnorm_jax.train.workdir import check_data, data_identity, saved_config
 
 
@@ -42,7 +41,7 @@ class RestoredNetwork(NamedTuple):
 
 
 def restore(workdir: pathlib.Path, which: str) -> RestoredNetwork:
-    """Reads the checkpoint of the best test accuracy (``"best"``) or the ``"latest"``.
+    """Reads the ``"best"`` checkpoint or the ``"latest"``.
 
     Raises:
       UserError: see ``mimicnorm_jax.load``.
@@ -64,21 +63,17 @@ def restore(workdir: pathlib.Path, which: str) -> RestoredNetwork:
     state: TrainState = jax.tree.map(jnp.asarray, restored.state)
     if state.ema_params is not None and jax.tree.leaves(state.batch_stats):
         splits = _opened(workdir, here, "the statistics of its averaged parameters")
-        experiment = experiment_of(here, description.images, mesh, *splits)
+        experiment = experiment_of(here, description.images, mesh, splits)
         state = averaged(experiment, replicate(restored.state, mesh))
-    model = _model(program.network, state)
+    values = state.evaluated_params, state.batch_stats
+    model = nnx.merge(program.network.eval_graph, *values, copy=True)
     return RestoredNetwork(config, description, model, int(restored.state.step))
-
-
-def _model(network: Network, state: TrainState) -> nnx.Module:
-    return nnx.merge(network.eval_graph, state.evaluated_params, state.batch_stats, copy=True)
 
 
 def _read(workdir: pathlib.Path, which: str, target: TrainState) -> Restored:
     checkpoints = Checkpoints(workdir / "checkpoints")
     if which == "best":
-        accuracies = {row["step"]: row["test_accuracy"] for row in evaluations(workdir)}
-        return checkpoints.restore_best(target, accuracies)
+        return checkpoints.restore_best(target, accuracies(workdir))
     restored = checkpoints.restore_latest(target, set_aside=False)
     if restored is None:
         raise UserError(f"{checkpoints.directory} has no checkpoint")
@@ -86,14 +81,14 @@ def _read(workdir: pathlib.Path, which: str, target: TrainState) -> Restored:
 
 
 def _described_by_data(workdir: pathlib.Path, config: ConfigDict) -> Description:
-    train, _ = _opened(workdir, config, "its classes, which an earlier version did not keep")
+    train = _opened(workdir, config, "its classes, which an earlier version did not keep").train
     return Description.of(config, train, images_of(config, train))
 
 
-def _opened(workdir: pathlib.Path, config: ConfigDict, for_what: str) -> tuple[Source, Source]:
+def _opened(workdir: pathlib.Path, config: ConfigDict, for_what: str) -> Splits:
     try:
-        train, test = open_splits(config.data)
-        check_data(workdir, data_identity(train, test))
+        splits = splits_of(config)
+        check_data(workdir, data_identity(splits))
     except UserError as error:
         raise UserError(f"{workdir} needs its training images for {for_what}: {error}") from error
-    return train, test
+    return splits

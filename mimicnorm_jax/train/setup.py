@@ -18,7 +18,7 @@ from mimicnorm_jax.config import LOCAL_FIELDS, validate
 from mimicnorm_jax.data.pipeline import Pipeline, Workers, prefetch
 from mimicnorm_jax.data.random_crop import RandomResizedCrop
 from mimicnorm_jax.data.sources import Source, channel_statistics
-from mimicnorm_jax.data.splits import open_splits
+from mimicnorm_jax.data.splits import Splits, splits_of
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.parallel import coordination, make_mesh, shard_batch
 from mimicnorm_jax.train.description import Description
@@ -42,12 +42,14 @@ class Experiment(Program):
     Attributes:
       train_data: training batches by step.
       test_data: the test split.
+      holdout_data: images that choose the best checkpoint; None where the test split does.
       total_steps: length of the run.
       images: what is known of the training images.
     """
 
     train_data: Pipeline
     test_data: Pipeline
+    holdout_data: Pipeline | None
     total_steps: int
     images: Images
 
@@ -59,7 +61,13 @@ class Experiment(Program):
     @property
     def data_identity(self) -> DataIdentity:
         """What tells the images of this run from others, wherever they are stored."""
-        return data_identity(self.train_data.source, self.test_data.source)
+        return data_identity(self.splits)
+
+    @property
+    def splits(self) -> Splits:
+        """The images."""
+        holdout = None if self.holdout_data is None else self.holdout_data.source
+        return Splits(self.train_data.source, self.test_data.source, holdout)
 
     def due(self, step: int) -> Due:
         """What is done after a step; after the last one everything."""
@@ -136,8 +144,8 @@ def images_of(config: ConfigDict, train: Source) -> Images:
     )
 
 
-def pipelines(config: ConfigDict, train: Source, test: Source) -> tuple[Pipeline, Pipeline]:
-    """The configured pipelines of the two splits."""
+def pipelines(config: ConfigDict, splits: Splits) -> dict[str, Pipeline | None]:
+    """The configured pipelines of the splits, as fields of an experiment."""
     data = config.data
     crop = None
     if data.random_resized_crop:
@@ -150,7 +158,11 @@ def pipelines(config: ConfigDict, train: Source, test: Source) -> tuple[Pipeline
         "process_index": coordination.process_index(),
         "process_count": coordination.process_count(),
     }
-    return Pipeline(train, crop=crop, **common), Pipeline(test, **common)
+    return {
+        "train_data": Pipeline(splits.train, crop=crop, **common),
+        "test_data": Pipeline(splits.test, **common),
+        "holdout_data": None if splits.holdout is None else Pipeline(splits.holdout, **common),
+    }
 
 
 def set_up_together(config: ConfigDict) -> Experiment:
@@ -194,30 +206,27 @@ def set_up(config: ConfigDict) -> Experiment:
     configure_jax(config)
     mesh = make_mesh(config.num_devices)
     silence_false_alarms(mesh)
-    train, test = open_splits(config.data)
-    return experiment_of(config, images_of(config, train), mesh, train, test)
+    splits = splits_of(config)
+    return experiment_of(config, images_of(config, splits.train), mesh, splits)
 
 
-def experiment_of(
-    config: ConfigDict, images: Images, mesh: Mesh, train: Source, test: Source
-) -> Experiment:
+def experiment_of(config: ConfigDict, images: Images, mesh: Mesh, splits: Splits) -> Experiment:
     """Builds a run on splits that are open already.
 
     Args:
       config: the configuration, which has been validated.
       images: from ``images_of``, of the training split.
       mesh: the devices.
-      train, test: the splits.
+      splits: of ``config``.
 
     Raises:
       UserError: images, devices and configuration do not fit each other.
     """
     program = make_program(config, images, mesh)
-    train_data, test_data = pipelines(config, train, test)
+    data: dict[str, Any] = pipelines(config, splits)
     return Experiment(
         **fields_of(program),
-        train_data=train_data,
-        test_data=test_data,
+        **data,
         total_steps=min(program.epoch_steps, config.max_steps or program.epoch_steps),
         images=images,
     )

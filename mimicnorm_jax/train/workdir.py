@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mimicnorm_jax.config import FIELDS, FREE_FIELDS, default_config
-from mimicnorm_jax.data.sources import Source
+from mimicnorm_jax.data.splits import Splits
 from mimicnorm_jax.errors import UserError, first_line, refused_by_system, unknown
 from mimicnorm_jax.train.lock import LOCK_NAME, check_unused
 from mimicnorm_jax.train.provenance import config_as_json
@@ -100,7 +100,7 @@ def _check_folder(workdir: pathlib.Path) -> None:
         raise UserError(f"--workdir={workdir} is not empty and holds no run; allowed: a new name")
 
 
-def data_identity(train: Source, test: Source) -> DataIdentity:
+def data_identity(splits: Splits) -> DataIdentity:
     """What a run remembers of its data: counts and digests, not where they are stored."""
     return {
         name: {
@@ -108,7 +108,8 @@ def data_identity(train: Source, test: Source) -> DataIdentity:
             "classes": len(split.class_names),
             "sha256": split.identity,
         }
-        for name, split in (("train", train), ("test", test))
+        for name, split in splits._asdict().items()
+        if split is not None
     }
 
 

@@ -25,8 +25,7 @@ from ml_collections import ConfigDict
 
 from mimicnorm_jax import command_line
 from mimicnorm_jax.config import validate
-from mimicnorm_jax.data.sources import Source
-from mimicnorm_jax.data.splits import open_splits
+from mimicnorm_jax.data.splits import Splits, splits_of
 from mimicnorm_jax.errors import RunError, UserError
 from mimicnorm_jax.parallel import make_mesh
 from mimicnorm_jax.tools.campaign import runs
@@ -62,8 +61,7 @@ _PER_CALL = flags.DEFINE_list("steps-per-call", ["1", "8"], "train: what is trie
 class Opened(NamedTuple):
     """A data set in memory and on the devices."""
 
-    train: Source
-    test: Source
+    splits: Splits
     images: Images
     resident: ResidentSplit
 
@@ -145,12 +143,13 @@ class Campaign:
 
     def _opened(self, data_set: str) -> Opened:
         config = self._variant(data_set, self._config.network, self._config.method)
-        train, test = open_splits(config.data)
-        return Opened(train, test, images_of(config, train), ResidentSplit(train, self._mesh))
+        splits = splits_of(config)
+        resident = ResidentSplit(splits.train, self._mesh)
+        return Opened(splits, images_of(config, splits.train), resident)
 
     def _experiment(self, data_set: str, config: ConfigDict) -> ResidentExperiment:
         opened = self._open(data_set)
-        experiment = experiment_of(config, opened.images, self._mesh, opened.train, opened.test)
+        experiment = experiment_of(config, opened.images, self._mesh, opened.splits)
         return with_resident(experiment, opened.resident)
 
     def _measure(self, data_set: str, variant: ConfigDict) -> runs.Measured:
