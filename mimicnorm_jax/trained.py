@@ -191,8 +191,8 @@ def load(run: str | os.PathLike[str], which: Which = "best") -> TrainedNetwork:
 
     Args:
       run: the run's folder.
-      which: the checkpoint of the best accuracy (on the images held out, else on the test images), or
-        the latest.
+      which: the checkpoint of the best accuracy (on the images held out; without them on the test
+        images), or the latest.
 
     Raises:
       UserError: no run, one without checkpoints that can be read, one of another version, or
