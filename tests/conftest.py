@@ -44,13 +44,10 @@ def pytest_collection_finish():
 
 @pytest.fixture(autouse=True)
 def _environment_is_left_alone():
-    """Else what a later test starts is started otherwise (tests/forkserver.py)."""
-    before = dict(os.environ)
+    """Where it decides how a process is started: else all later ones are started otherwise."""
+    before = forkserver.at_import(os.environ)
     yield
-    after = dict(os.environ)
-    for environment in (before, after):
-        environment.pop("PYTEST_CURRENT_TEST", None)
-    assert after == before
+    assert forkserver.at_import(os.environ) == before
 
 
 @pytest.fixture

@@ -179,7 +179,8 @@ class _Server:
 _SERVERS: dict[tuple, _Server] = {}
 
 
-def _at_import(environment) -> dict:
+def at_import(environment) -> dict:
+    """The part of an environment that must be the server's."""
     return {
         name: value
         for name, value in environment.items()
@@ -198,7 +199,7 @@ def start(module, arguments, *, env, cwd, out, err, modules=PRELOADED):
     server = _SERVERS[key]
     for path in (out, err):
         pathlib.Path(path).write_text("")
-    if _at_import(env) == _at_import(server.environment):
+    if at_import(env) == at_import(server.environment):
         request = {"module": module, "arguments": list(arguments), "env": dict(env)}
         return server.start(request | {"cwd": str(cwd), "out": str(out), "err": str(err)})
     with open(out, "w") as out_file, open(err, "w") as err_file:
