@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mimicnorm_jax.data.holdout import held_out, hold_out
-from mimicnorm_jax.data.sources import ArraySource
+from mimicnorm_jax.data.sources import ArraySource, EncodedSource, View
 from mimicnorm_jax.data.splits import open_splits, splits_of
 from mimicnorm_jax.errors import UserError
 from tests.archives import write_folders
@@ -55,7 +55,7 @@ def test_no_image_is_in_both_parts_and_none_is_lost(numbered):
 
 def test_files_are_held_out_as_what_is_in_memory(tmp_path, tiny_config):
     write_folders(tmp_path / "images.tar.xz")
-    shutil.unpack_archive(tmp_path / "images.tar.xz", tmp_path)
+    shutil.unpack_archive(tmp_path / "images.tar.xz", tmp_path, filter="data")
     parts = []
     for gib in (0.0, 1.0):
         config = tiny_config(
@@ -69,6 +69,35 @@ def test_files_are_held_out_as_what_is_in_memory(tmp_path, tiny_config):
             np.testing.assert_array_equal(lazy[i][0], cached[i][0])
             assert lazy[i][1] == cached[i][1] == lazy.labels[i]
         assert str(tmp_path) in lazy.describe(0)
+
+
+class Records(EncodedSource):
+    """Of which nobody knows the labels until they are read."""
+
+    identity = "records"
+
+    def __init__(self):
+        super().__init__(["a", "b"], View(size=2, resize=2, upright=True))
+
+    def __len__(self):
+        return 10
+
+    def read(self, index):
+        return f"image {index}".encode(), index % 2
+
+    def describe(self, index):
+        return f"record {index}"
+
+
+def test_labels_that_are_beside_the_images_alone_are_read():
+    kept, out = hold_out(Records(), 0.4, seed=0)
+    assert np.bincount(out.labels).tolist() == [2, 2]
+    assert np.bincount(kept.labels).tolist() == [3, 3]
+    for i in range(4):
+        data, label = out.read(i)
+        assert label == out.labels[i] and data.decode().removeprefix("image ") == out.describe(
+            i
+        ).removeprefix("record ")
 
 
 def test_without_a_share_the_splits_are_whole(tiny_config):
