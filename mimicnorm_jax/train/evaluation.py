@@ -65,7 +65,7 @@ def evaluate(
     state = averaged(experiment, state, on_batch)
     found: dict[str, float] = {}
     splits = {"test": experiment.test_data, "holdout": experiment.holdout_data}
-    for name, split in splits.items():
+    for split_name, split in splits.items():
         if split is None:
             continue
         sums = collections.Counter[str]()
@@ -74,9 +74,9 @@ def evaluate(
                 metrics = experiment.eval_step(state.params, state.batch_stats, batch)
                 sums.update({name: value.item() for name, value in metrics.items()})
         found |= {
-            f"{name}_loss": sums["loss"] / sums["count"],
-            f"{name}_accuracy": sums["correct"] / sums["count"],
-            f"{name}_examples": sums["count"],
+            f"{split_name}_loss": sums["loss"] / sums["count"],
+            f"{split_name}_accuracy": sums["correct"] / sums["count"],
+            f"{split_name}_examples": sums["count"],
         }
     return found
 
