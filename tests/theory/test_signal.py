@@ -74,6 +74,18 @@ def assert_agree(predicted, y, *, rel=0.05, products=0.06, mean=None):
         assert error < products, (offset, error)
 
 
+def test_a_partner_is_where_its_offset_says_and_0_outside_of_the_image():
+    field = np.random.default_rng(0).standard_normal((3, 5, 4)).astype(np.float32)
+    offsets = ((0, 0, 1), (1, -2, 0), (2, 4, -3), (5, 0, 0), (0, 6, 1))
+    expected = np.zeros((len(offsets), *field.shape), np.float32)
+    for d, (images, dy, dx) in enumerate(offsets):
+        for b, y, x in np.ndindex(field.shape):
+            if 0 <= y + dy < 5 and 0 <= x + dx < 4:
+                expected[d, b, y, x] = field[(b + images) % 3, y + dy, x + dx]
+    found = signal.partners_of(jnp.asarray(field), tuple(signal.Offset(*o) for o in offsets))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_observation_counts_every_pair_of_images_once(photos):
     observed = signal.observe(photos)
     flat = np.asarray(photos).reshape(4, -1)
