@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from mimicnorm_jax.layers.last_bn import update_average
+from mimicnorm_jax.layers.varying import as_varying, axes_of
 from mimicnorm_jax.layers.weight_mean import at_least_float32
 
 
@@ -25,7 +28,9 @@ class ShiftedBatchNorm(nnx.Module):
       where the mean is large against the deviation, once r is near the mean. (It starts at 0.)
     - The running variance is that of the unbiased one, as PyTorch and ``LastBN`` keep it.
 
-    Statistics and normalization are computed in at least float32.
+    Statistics and normalization are computed in at least float32. What is kept for the backward
+    pass is the input, in its own type. The output is differentiable in reverse mode; the running
+    statistics are constants to it.
 
     Args:
       num_features: C, the size of the last axis.
@@ -69,29 +74,98 @@ class ShiftedBatchNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes ``(..., C)``, in training by all axes but the last."""
         wide = at_least_float32(x.dtype)
-        running = self.mean[...].astype(wide)
-        shifted = x.astype(wide) - _channels(running, x.ndim)
+        dtype = x.dtype if self.dtype is None else jnp.dtype(self.dtype)
+        mean, var = self.mean[...].astype(wide), self.var[...].astype(wide)
+        scale, bias = self.scale[...].astype(wide), self.bias[...].astype(wide)
         if self.use_running_average:
-            var = self.var[...].astype(wide)
-        else:
-            offset, var, count = self._moments(shifted)
-            unbiased = var * (count / max(count - 1, 1))
-            update_average(self.mean, running + offset, self.momentum)
-            update_average(self.var, unbiased, self.momentum)
-            shifted = shifted - _channels(offset, x.ndim)
-        factor = lax.rsqrt(var + self.epsilon) * self.scale[...].astype(wide)
-        y = shifted * _channels(factor, x.ndim) + _channels(self.bias[...].astype(wide), x.ndim)
-        return y.astype(x.dtype if self.dtype is None else self.dtype)
+            shifted = x.astype(wide) - _channels(mean, x.ndim)
+            factor = lax.rsqrt(var + self.epsilon) * scale
+            return (shifted * _channels(factor, x.ndim) + _channels(bias, x.ndim)).astype(dtype)
+        # Inside a shard_map each device has its own gradient of what all share.
+        given = as_varying((x, scale, bias, mean), axes_of(x))
+        y, offset, var = _normalize(*given, self.epsilon, self.axis_name, dtype)
+        count = _count(x, self.axis_name)
+        update_average(self.mean, mean + offset, self.momentum)
+        update_average(self.var, var * (count / max(count - 1, 1)), self.momentum)
+        return y
 
-    def _moments(self, shifted: jax.Array) -> tuple[jax.Array, jax.Array, int]:
-        """Mean (C,), biased variance (C,), and number of values of each channel."""
-        axes = tuple(range(shifted.ndim - 1))
-        count = math.prod(shifted.shape[:-1])
-        first, second = shifted.mean(axes), jnp.square(shifted).mean(axes)
-        if self.axis_name is not None:
-            count *= lax.axis_size(self.axis_name)
-            first, second = lax.pmean((first, second), self.axis_name)
-        return first, jnp.maximum(second - jnp.square(first), 0.0), count
+
+class _Kept(NamedTuple):
+    """For the backward pass: the input ``(..., C)``; the others are ``(C,)``."""
+
+    x: jax.Array
+    scale: jax.Array
+    shift: jax.Array
+    offset: jax.Array
+    inverse: jax.Array  # of the deviation
+
+
+# Left to itself, JAX keeps the input in float32 too on some devices.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _normalize(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    shift: jax.Array,
+    epsilon: float,
+    axis_name: str | None,
+    dtype: jnp.dtype,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The output, the mean less ``shift``, and the biased variance."""
+    return _forward(x, scale, bias, shift, epsilon, axis_name, dtype)[0]
+
+
+def _forward(
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    shift: jax.Array,
+    epsilon: float,
+    axis_name: str | None,
+    dtype: jnp.dtype,
+) -> tuple[tuple[jax.Array, jax.Array, jax.Array], _Kept]:
+    shifted = x.astype(shift.dtype) - _channels(shift, x.ndim)
+    axes = tuple(range(x.ndim - 1))
+    offset, second = shifted.mean(axes), jnp.square(shifted).mean(axes)
+    if axis_name is not None:
+        offset, second = lax.pmean((offset, second), axis_name)
+    var = jnp.maximum(second - jnp.square(offset), 0.0)
+    kept = _Kept(x, scale, shift, offset, lax.rsqrt(var + epsilon))
+    y = _centred(kept) * _channels(kept.inverse * scale, x.ndim) + _channels(bias, x.ndim)
+    return (y.astype(dtype), offset, var), kept
+
+
+def _backward(
+    epsilon: float,
+    axis_name: str | None,
+    dtype: jnp.dtype,
+    kept: _Kept,
+    cotangents: tuple[jax.Array, jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """With z the normalized input: ``dx = scale / deviation * (dy - mean(dy) - z mean(z dy))``."""
+    del epsilon, dtype
+    x = kept.x
+    dy = cotangents[0].astype(kept.shift.dtype)
+    z = _centred(kept) * _channels(kept.inverse, x.ndim)
+    axes = tuple(range(x.ndim - 1))
+    dbias, dscale = dy.sum(axes), (dy * z).sum(axes)
+    sums = (dbias, dscale) if axis_name is None else lax.psum((dbias, dscale), axis_name)
+    of_dy, of_product = (_channels(total / _count(x, axis_name), x.ndim) for total in sums)
+    dx = (dy - of_dy - z * of_product) * _channels(kept.inverse * kept.scale, x.ndim)
+    return dx.astype(x.dtype), dscale, dbias, jnp.zeros_like(kept.shift)
+
+
+_normalize.defvjp(_forward, _backward)
+
+
+def _centred(kept: _Kept) -> jax.Array:
+    x = kept.x.astype(kept.shift.dtype)
+    return x - _channels(kept.shift, x.ndim) - _channels(kept.offset, x.ndim)
+
+
+def _count(x: jax.Array, axis_name: str | None) -> int:
+    """Number of values of each channel, over all devices."""
+    return math.prod(x.shape[:-1]) * (1 if axis_name is None else lax.axis_size(axis_name))
 
 
 def _channels(values: jax.Array, ndim: int) -> jax.Array:
