@@ -64,25 +64,43 @@ def test_the_variance_does_not_vanish_beside_a_large_mean():
     np.testing.assert_allclose(ours(x).std((0, 1, 2)), 1.0, rtol=0.05)
 
 
-def test_statistics_over_a_mapped_axis_are_those_of_the_whole_batch(float64):
+def test_over_a_mapped_axis_everything_is_that_of_the_whole_batch(float64):
     x = 5 + jax.random.normal(jax.random.key(1), (8, 3, 3, 2), jnp.float64)
 
-    def run(layer, x):
-        y = layer(x)
-        return y, layer.mean[...], layer.var[...]
+    def run(x, axis_name=None):
+        layer = ShiftedBatchNorm(
+            2, param_dtype=jnp.float64, axis_name=axis_name, rngs=nnx.Rngs(0)
+        )
+        graph, params, stats = nnx.split(layer, nnx.Param, nnx.BatchStat)
 
-    whole = run(ShiftedBatchNorm(2, param_dtype=jnp.float64, rngs=nnx.Rngs(0)), x)
+        def outputs(params, x):
+            layer = nnx.merge(graph, params, stats, copy=True)
+            return layer(x), (layer.mean[...], layer.var[...])
+
+        y, backward, statistics = jax.vjp(outputs, params, x, has_aux=True)
+        of_params, of_x = backward(jnp.sin(3 * y))
+        return (y, of_x), (of_params, statistics)
+
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = {"in_specs": P("data"), "out_specs": (P("data"), P())}
+    parts = jax.jit(jax.shard_map(lambda x: run(x, "data"), mesh=mesh, **specs))(x)
+    pairs = zip(jax.tree.leaves(parts), jax.tree.leaves(run(x)), strict=True)
+    for i, (a, b) in enumerate(pairs):
+        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11)
+    assert i + 1 == 6 and np.abs(b).max() > 0
 
-    def part(x):
-        layer = ShiftedBatchNorm(2, param_dtype=jnp.float64, axis_name="data", rngs=nnx.Rngs(0))
-        return run(layer, x)
 
-    parts = jax.jit(
-        jax.shard_map(part, mesh=mesh, in_specs=P("data"), out_specs=(P("data"), P(), P()))
-    )(x)
-    for a, b in zip(parts, whole, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+def test_what_is_kept_for_the_backward_pass_is_the_input_in_its_own_type():
+    layer = ShiftedBatchNorm(4, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    graph, params, stats = nnx.split(layer, nnx.Param, nnx.BatchStat)
+    x = jnp.ones((8, 5, 5, 4), jnp.bfloat16)
+
+    def outputs(params, x):
+        return nnx.merge(graph, params, stats, copy=True)(x)
+
+    _, backward = jax.vjp(outputs, params, x)
+    (kept,) = (leaf for leaf in jax.tree.leaves(backward) if leaf.size >= x.size)
+    assert kept.dtype == jnp.bfloat16 and kept.shape == x.shape
 
 
 @pytest.mark.parametrize("training", [True, False])
