@@ -95,12 +95,11 @@ class _Kept(NamedTuple):
 
     x: jax.Array
     scale: jax.Array
-    shift: jax.Array
-    offset: jax.Array
+    mean: jax.Array
     inverse: jax.Array  # of the deviation
 
 
-# Left to itself, JAX keeps the input in float32 too on some devices.
+# Left to itself, JAX keeps more than the input: 722 MiB for 689 in the step of ResNet-18 on an H100.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _normalize(
     x: jax.Array,
@@ -130,8 +129,11 @@ def _forward(
     if axis_name is not None:
         offset, second = lax.pmean((offset, second), axis_name)
     var = jnp.maximum(second - jnp.square(offset), 0.0)
-    kept = _Kept(x, scale, shift, offset, lax.rsqrt(var + epsilon))
-    y = _centred(kept) * _channels(kept.inverse * scale, x.ndim) + _channels(bias, x.ndim)
+    kept = _Kept(x, scale, shift + offset, lax.rsqrt(var + epsilon))
+    # From the input, as the backward pass does it: with ``shifted``, which is a little more exact,
+    # XLA keeps more for the backward pass of a GPU.
+    factor, centred = kept.inverse * scale, x.astype(shift.dtype) - _channels(kept.mean, x.ndim)
+    y = centred * _channels(factor, x.ndim) + _channels(bias, x.ndim)
     return (y.astype(dtype), offset, var), kept
 
 
@@ -145,22 +147,18 @@ def _backward(
     """With z the normalized input: ``dx = scale / deviation * (dy - mean(dy) - z mean(z dy))``."""
     del epsilon, dtype
     x = kept.x
-    dy = cotangents[0].astype(kept.shift.dtype)
-    z = _centred(kept) * _channels(kept.inverse, x.ndim)
+    wide = kept.mean.dtype
+    dy = cotangents[0].astype(wide)
+    z = (x.astype(wide) - _channels(kept.mean, x.ndim)) * _channels(kept.inverse, x.ndim)
     axes = tuple(range(x.ndim - 1))
     dbias, dscale = dy.sum(axes), (dy * z).sum(axes)
     sums = (dbias, dscale) if axis_name is None else lax.psum((dbias, dscale), axis_name)
     of_dy, of_product = (_channels(total / _count(x, axis_name), x.ndim) for total in sums)
     dx = (dy - of_dy - z * of_product) * _channels(kept.inverse * kept.scale, x.ndim)
-    return dx.astype(x.dtype), dscale, dbias, jnp.zeros_like(kept.shift)
+    return dx.astype(x.dtype), dscale, dbias, jnp.zeros_like(kept.mean)
 
 
 _normalize.defvjp(_forward, _backward)
-
-
-def _centred(kept: _Kept) -> jax.Array:
-    x = kept.x.astype(kept.shift.dtype)
-    return x - _channels(kept.shift, x.ndim) - _channels(kept.offset, x.ndim)
 
 
 def _count(x: jax.Array, axis_name: str | None) -> int:
