@@ -2,6 +2,7 @@
 
   python -m mimicnorm_jax.main --config configs/digits_resnet20.py --config.method=batchnorm
   python -m mimicnorm_jax.main --mode=eval --workdir=runs/digits_resnet20-batchnorm-s0
+  python -m mimicnorm_jax.main --mode=eval --workdir=RUN --config.data.dir=OTHER --plot=eval.png
 
 ``python -m mimicnorm_jax.config`` prints every field that ``--config.FIELD=VALUE`` can set.
 """
@@ -11,13 +12,15 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
+from typing import Any, cast
 
 from absl import flags
 
 from mimicnorm_jax import command_line
 from mimicnorm_jax.config import validate
-from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.errors import UserError, refused_by_system
 from mimicnorm_jax.parallel import coordination, startup
+from mimicnorm_jax.tools.report import JSON, PLOT, check_output, write_json
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/<config>-<method>-s<seed>.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate a run.")
@@ -29,16 +32,32 @@ _STOPPED_EXIT_CODE = flags.DEFINE_integer(
     255,
 )
 _RECALIBRATE = flags.DEFINE_bool("recalibrate", False, "Evaluate with exact last-BN statistics.")
+_LABELS = flags.DEFINE_enum(
+    "labels",
+    "names",
+    ["names", "numbers"],
+    "Whether the classes of the images evaluated are named as the run's, or by the numbers of its "
+    "logits, as ImageNet-V2's folders are.",
+)
+_RESTRICT_CLASSES = flags.DEFINE_bool(
+    "restrict-classes",
+    False,
+    "Evaluate among the classes of the images, not all of the run's.",
+)
+_OF_EVALUATION = (_RECALIBRATE, _LABELS, _RESTRICT_CLASSES, JSON, PLOT)
 
 
 def _run() -> None:
     # after parsing, so that --help is quick
-    from mimicnorm_jax.train import evaluation, loop, setup, workdir
+    from mimicnorm_jax.train import evaluated_run, loop, setup, workdir
 
     if _WORKDIR.value == "":
         raise UserError("--workdir= is empty; leave it out for runs/<config>-<method>-s<seed>")
-    if _RECALIBRATE.value and _MODE.value != "eval":
-        raise UserError("--recalibrate goes with --mode=eval; training always reports it")
+    for flag in _OF_EVALUATION if _MODE.value != "eval" else ():
+        if flag.value != flag.default:
+            raise UserError(f"--{flag.name} goes with --mode=eval")
+    check_output("json", JSON.value, [".json"])
+    check_output("plot", PLOT.value, [".png"])
     config = command_line.config()
     validate(config)
     default = workdir.default_workdir(config, command_line.config_path())
@@ -49,9 +68,27 @@ def _run() -> None:
         if loop.train(config, folder) is None:
             sys.exit(_STOPPED_EXIT_CODE.value)
         return
-    results = evaluation.evaluate_run(config, folder, exact=_RECALIBRATE.value)
-    if coordination.is_first():
-        print(json.dumps(results, indent=2))
+    question = evaluated_run.Question(
+        exact=_RECALIBRATE.value,
+        labels=cast(Any, _LABELS.value),
+        restrict_classes=_RESTRICT_CLASSES.value,
+    )
+    found = evaluated_run.evaluate_run(config, folder, question)
+    if not coordination.is_first():
+        return
+    if not found.is_own:
+        print(f"NOTE: these images are not those of {folder}; {found.images}", file=sys.stderr)
+    print(json.dumps(found.results, indent=2))
+    both = {name: found.results[name] | found.details[name] for name in found.results}
+    write_json(json.dumps(both, indent=1) + "\n")
+    if PLOT.value:
+        from mimicnorm_jax.train.drawing import plot_evaluation  # slow to import
+
+        name = "best" if "best" in found.details else "latest"
+        title = f"{folder.name}, step {found.results[name]['step']}"
+        with refused_by_system(f"--plot={PLOT.value} cannot be written"):
+            plot_evaluation(found.details[name], title, pathlib.Path(PLOT.value))
+        print(f"picture: {PLOT.value}")
 
 
 def _run_of(argv: list[str]) -> str | None:

@@ -38,6 +38,8 @@ class TrainedNetwork:
       mean, std: of each channel, in units of 1: images are normalized to
         ``(image / 255 - mean) / std``.
       step: of the checkpoint.
+      temperature: by which the logits are divided for the probabilities; None where the run held no
+        images out (``config.data.holdout``) to find it.
       config: the run's configuration.
     """
 
@@ -47,6 +49,7 @@ class TrainedNetwork:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     step: int
+    temperature: float | None
     config: ConfigDict
     _description: Description
 
@@ -65,11 +68,11 @@ class TrainedNetwork:
         Raises:
           UserError: no image, or a damaged one.
         """
-        from mimicnorm_jax.data.images import centre_crop
+        from mimicnorm_jax.data.images import centre_crop, with_channels
 
         view = self._description.view
-        pixels = _with_channels(self._decode(image), self.image_shape[-1])
-        return np.asarray(centre_crop(pixels, view.size, view.resize)).reshape(self.image_shape)
+        cropped = centre_crop(self._decode(image), view.size, view.resize)
+        return with_channels(cropped, self.image_shape[-1])
 
     def _decode(self, image: ImageLike) -> np.ndarray:
         from mimicnorm_jax.data.images import decode
@@ -146,12 +149,14 @@ class TrainedNetwork:
     def predict(self, images: Images) -> np.ndarray:
         """Probabilities of the classes, float32 or float64 ``(N, num_classes)``.
 
-        They are the softmax of the logits. With a last BN, which bounds the logits, even a
-        network that is always right looks unsure: 10 classes leave it at about 0.76.
+        They are the softmax of the logits, divided by the temperature if there is one. Without
+        it, with a last BN, which bounds the logits, even a network that is always right looks
+        unsure: 10 classes leave it at about 0.76.
 
         Arguments and errors as ``logits``.
         """
         x = self.logits(images)
+        x = x / np.asarray(self.temperature or 1.0, x.dtype)
         e = np.exp(x - x.max(-1, keepdims=True))
         return e / e.sum(-1, keepdims=True)
 
@@ -171,15 +176,6 @@ def _checked(image: np.ndarray) -> np.ndarray:
             "(H, W, 1) or (H, W, 3)"
         )
     return image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
-
-
-def _with_channels(image: np.ndarray, channels: int) -> np.ndarray:
-    """Grey ``(H, W)`` or colours ``(H, W, 3)`` as what a network of 1 or 3 channels takes."""
-    from PIL import Image
-
-    if channels == 1:
-        return np.asarray(Image.fromarray(image).convert("L"))
-    return np.asarray(Image.fromarray(image).convert("RGB"))
 
 
 def load(run: str | os.PathLike[str], which: Which = "best") -> TrainedNetwork:
@@ -211,6 +207,7 @@ def load(run: str | os.PathLike[str], which: Which = "best") -> TrainedNetwork:
         mean=images.mean,
         std=images.std,
         step=found.step,
+        temperature=found.temperature,
         config=found.config,
         _description=found.description,
     )

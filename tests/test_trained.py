@@ -15,7 +15,7 @@ import mimicnorm_jax
 from mimicnorm_jax.data.generated import read_digits
 from mimicnorm_jax.data.splits import open_splits
 from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.train.evaluation import evaluate_run
+from mimicnorm_jax.train.evaluated_run import evaluate_run
 from mimicnorm_jax.train.loop import train
 from mimicnorm_jax.train.workdir import saved_config
 from tests.runs import TINY
@@ -49,7 +49,7 @@ def run(tiny_config, photographs, tmp_path_factory):
     shutil.copytree(photographs, config.data.dir)
     train(config, workdir)
     _, test = open_splits(config.data)
-    evaluation = evaluate_run(config, workdir)
+    evaluation = evaluate_run(config, workdir).results
     shutil.rmtree(config.data.dir)
     return workdir, test, evaluation
 
@@ -183,7 +183,7 @@ def test_a_run_of_an_earlier_version_is_what_it_was(earlier, method):
     _, test = open_splits(network.config.data)
     accuracy = np.mean(network.predict(test.images).argmax(-1) == test.labels)
     assert accuracy == pytest.approx(summary["best_test_accuracy"], abs=1e-6)
-    found = evaluate_run(saved_config(workdir), workdir)["latest"]
+    found = evaluate_run(saved_config(workdir), workdir).results["latest"]
     assert found["test_accuracy"] == pytest.approx(summary["final_test_accuracy"], abs=1e-6)
     # digits as they come, which are smaller than what the network was trained on
     images, labels = read_digits()
@@ -268,7 +268,7 @@ def test_the_page_of_the_docs_works(run, photographs, tmp_path, monkeypatch, cap
 def test_a_run_of_averages_has_statistics_of_them(tiny_config, tmp_path):
     config = tiny_config(network="mlp", optimizer__ema_decay=0.9)
     train(config, tmp_path / "run")
-    evaluation = evaluate_run(config, tmp_path / "run")["latest"]
+    evaluation = evaluate_run(config, tmp_path / "run").results["latest"]
     network = mimicnorm_jax.load(tmp_path / "run", "latest")
     _, test = open_splits(config.data)
     accuracy = np.mean(network.predict(test.images).argmax(-1) == test.labels)

@@ -67,6 +67,13 @@ def _validate_data(config: ConfigDict) -> None:
         )
     if data.name == "tfds" and not data.tfds_name:
         raise UserError("config.data.tfds_name is not set; data.name = 'tfds' needs one")
+    if not data.train_split:
+        raise UserError("config.data.train_split is empty; it names the training images")
+    if not data.test_split and (data.name not in ("folder", "tfds") or not data.holdout):
+        raise UserError(
+            f"config.data.test_split is empty with data.name = {data.name!r} and data.holdout = "
+            f"{data.holdout}; allowed: for folder and tfds, with a holdout above 0"
+        )
     if data.resize is not None and data.resize < data.image_size:
         raise UserError(
             f"config.data.resize = {data.resize} is below "

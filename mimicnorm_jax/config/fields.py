@@ -27,6 +27,12 @@ FREE_FIELDS = (
     *LOCAL_FIELDS,
 )
 
+# Fields that choose the images of an evaluation: a run may be evaluated on others than its own.
+TEST_FIELDS = (
+    *("data.name", "data.dir", "data.tfds_name", "data.test_split"),
+    *("data.resize", "data.upright"),
+)
+
 
 def default_config() -> ConfigDict:
     """All fields at their defaults, locked: an unknown field is an error.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -13,6 +14,7 @@ from mimicnorm_jax.data.sources import EncodedSource, View, digest
 from mimicnorm_jax.errors import UserError, refused_by_system
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+_SUFFIXES = ", ".join(IMAGE_SUFFIXES)
 
 
 class FolderSource(EncodedSource):
@@ -21,30 +23,36 @@ class FolderSource(EncodedSource):
     Args:
       directory: the split's folder.
       view: what the images become.
+      for_training: one class, or a class without images, is an error; False leaves out classes
+        without images.
 
     Raises:
-      UserError: a folder that does not exist or may not be read, has fewer than two
-        class folders, or has a class folder without images.
+      UserError: a folder that does not exist or may not be read, or has no images; or, for
+        training, has fewer than two class folders or one without images.
     """
 
-    def __init__(self, directory: str | pathlib.Path, view: View):
+    def __init__(self, directory: str | pathlib.Path, view: View, *, for_training: bool = True):
         self.directory = pathlib.Path(directory)
+        self._for_training = for_training
         self.paths: list[pathlib.Path] = []
         class_names: list[str] = []
         labels: list[int] = []
         with refused_by_system(f"cannot read folder {directory}"):
-            for label, folder in enumerate(self._class_folders()):
+            for folder in self._class_folders():
                 found = sorted(
                     path
                     for path in folder.iterdir()
                     if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
                 )
                 if not found:
-                    suffixes = ", ".join(IMAGE_SUFFIXES)
-                    raise UserError(f"class folder {folder} has no images ({suffixes})")
+                    if for_training:
+                        raise UserError(f"class folder {folder} has no images ({_SUFFIXES})")
+                    continue
+                labels += [len(class_names)] * len(found)
                 class_names.append(folder.name)
                 self.paths += found
-                labels += [label] * len(found)
+        if not self.paths:
+            raise UserError(f"the class folders of {directory} have no images ({_SUFFIXES})")
         self.labels = np.array(labels, np.int32)
         super().__init__(class_names, view)
 
@@ -62,7 +70,7 @@ class FolderSource(EncodedSource):
         )
         if not folders:
             raise UserError(f"{self.directory} has no class folders; {expected}")
-        if len(folders) == 1:
+        if len(folders) == 1 and self._for_training:
             raise UserError(
                 f"{self.directory} has a single class, {folders[0].name}: nothing to learn; "
                 f"{expected}"
@@ -85,19 +93,21 @@ class FolderSource(EncodedSource):
         return str(self.paths[index])
 
 
-def open_folders(data: ConfigDict) -> tuple[FolderSource, FolderSource]:
-    """The training and the test split in the folders of ``config.data.dir``."""
+def open_folders(data: ConfigDict, parts: Sequence[str]) -> list[FolderSource]:
+    """The folders of ``config.data.dir`` for ``"train"`` and ``"test"``, or one of them."""
     root = pathlib.Path(data.dir).expanduser()
     with refused_by_system(f"config.data.dir = {data.dir!r} cannot be read"):
         if not root.is_dir():
             raise UserError(f"config.data.dir = {data.dir!r} is not a folder")
-    train, test = (
-        FolderSource(root / split, View.of(data)) for split in (data.train_split, data.test_split)
-    )
-    if train.class_names != test.class_names:
-        differing = sorted(set(train.class_names) ^ set(test.class_names))
+    found = [
+        FolderSource(root / data[f"{part}_split"], View.of(data), for_training="train" in parts)
+        for part in parts
+    ]
+    first, last = found[0], found[-1]
+    if first.class_names != last.class_names:
+        differing = sorted(set(first.class_names) ^ set(last.class_names))
         raise UserError(
-            f"the classes of {root / data.train_split} and {root / data.test_split} differ: "
+            f"the classes of {first.directory} and {last.directory} differ: "
             f"{', '.join(differing[:5])}"
         )
-    return train, test
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -21,8 +22,8 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
     return np.round(raw.images * (255 / 16)).astype(np.uint8), raw.target
 
 
-def open_digits(data: ConfigDict) -> tuple[ArraySource, ArraySource]:
-    """The digits, split in strata."""
+def open_digits(data: ConfigDict, parts: Sequence[str]) -> list[ArraySource]:
+    """The digits for ``"train"`` and ``"test"``, or one of them, split in strata."""
     from sklearn.model_selection import train_test_split  # slow to import as well
 
     grey, labels = read_digits()
@@ -33,13 +34,13 @@ def open_digits(data: ConfigDict) -> tuple[ArraySource, ArraySource]:
     )
     names = [str(digit) for digit in range(10)]
 
-    def split(indices: np.ndarray) -> ArraySource:
-        return ArraySource(images[indices][..., None], labels[indices], names)
+    chosen = {"train": train, "test": test}
+    return [
+        ArraySource(images[chosen[part]][..., None], labels[chosen[part]], names) for part in parts
+    ]
 
-    return split(train), split(test)
 
-
-def open_synthetic(data: ConfigDict) -> tuple[ArraySource, ArraySource]:
+def open_synthetic(data: ConfigDict, parts: Sequence[str]) -> list[ArraySource]:
     """Random images with random labels, to time a step without data."""
     print(
         "WARNING: data.name = 'synthetic': images AND LABELS ARE RANDOM; "
@@ -54,4 +55,5 @@ def open_synthetic(data: ConfigDict) -> tuple[ArraySource, ArraySource]:
         images = generator.integers(0, 256, shape, np.uint8)
         return ArraySource(images, generator.integers(0, data.num_classes, examples), names)
 
-    return split(data.num_examples), split(data.num_examples // 4)
+    made = {"train": split(data.num_examples), "test": split(data.num_examples // 4)}
+    return [made[part] for part in parts]

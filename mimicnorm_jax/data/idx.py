@@ -6,6 +6,7 @@ import gzip
 import math
 import pathlib
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -87,17 +88,17 @@ def _open_split(root: pathlib.Path, split: str, size: int) -> ArraySource:
     return ArraySource(images[..., None], labels, names)
 
 
-def open_idx(data: ConfigDict) -> tuple[ArraySource, ArraySource]:
-    """The splits in ``config.data.dir``: ``train-*`` and ``t10k-*``, in grey.
+def open_idx(data: ConfigDict, parts: Sequence[str]) -> list[ArraySource]:
+    """The files in ``config.data.dir`` for ``"train"`` and ``"test"``, or one of them, in grey.
 
-    A split named otherwise is a file name's beginning.
+    A split that is named otherwise than ``train`` and ``test`` is a file name's beginning.
     """
     root = pathlib.Path(data.dir).expanduser()
     with refused_by_system(f"config.data.dir = {data.dir!r} cannot be read"):
         if not root.is_dir():
             raise UserError(f"config.data.dir = {data.dir!r} is not a folder")
-    train, test = (
-        _open_split(root, split, data.image_size) for split in (data.train_split, data.test_split)
-    )
-    train.class_names = test.class_names = max(train.class_names, test.class_names, key=len)
-    return train, test
+    found = [_open_split(root, data[f"{part}_split"], data.image_size) for part in parts]
+    names = max((source.class_names for source in found), key=len)
+    for source in found:
+        source.class_names = names
+    return found

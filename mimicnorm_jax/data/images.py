@@ -148,6 +148,22 @@ def decode(data: bytes, *, upright: bool) -> np.ndarray:
     return _with_pillow(data, upright=upright)
 
 
+def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    """An image of 1 channel (by its luminance) or 3.
+
+    Args:
+      image: uint8 ``(H, W)``, grey, or ``(H, W, 3)``.
+      channels: 1 or 3.
+
+    Returns:
+      uint8 ``(H, W, channels)``.
+    """
+    if image.shape[2:] == (channels,):
+        return image
+    made = np.asarray(Image.fromarray(image).convert("L" if channels == 1 else "RGB"))
+    return made.reshape(*image.shape[:2], channels)
+
+
 def decode_crop(data: bytes, choose: CropChoice, size: int, *, upright: bool) -> np.ndarray:
     """A crop of an image, resized to uint8 ``(size, size, 3)``.
 

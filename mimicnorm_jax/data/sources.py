@@ -191,7 +191,7 @@ class EncodedSource(abc.ABC):
                 f"the label of {self.describe(index)} is {label}; there are "
                 f"{len(self.class_names)} classes"
             )
-        return image[..., : self.image_shape[-1]], label
+        return images.with_channels(image, self.image_shape[-1]), label
 
 
 def cache(source: Source, *, description: str, workers: int = 8) -> ArraySource:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from mimicnorm_jax.data.sources import ArraySource, EncodedSource, Source, View,
 from mimicnorm_jax.data.tfds import open_tfds
 from mimicnorm_jax.errors import UserError, unknown
 
-SOURCES: dict[str, Callable[[ConfigDict], tuple[Source, Source]]] = {
+SOURCES: dict[str, Callable[[ConfigDict, Sequence[str]], Sequence[Source]]] = {
     "digits": open_digits,
     "folder": open_folders,
     "idx": open_idx,
@@ -41,13 +41,13 @@ class Splits(NamedTuple):
 
     Attributes:
       train: trained on.
-      test: the results are of these.
-      holdout: those of the training split that choose the best checkpoint; None where the test
-        images do.
+      test: the results are of these; None where there is no test split.
+      holdout: those of the training split that choose the best checkpoint and the temperature;
+        None where the test images choose the checkpoint.
     """
 
     train: Source
-    test: Source
+    test: Source | None
     holdout: Source | None
 
 
@@ -69,8 +69,8 @@ def splits_of(config: ConfigDict) -> Splits:
     return Splits(kept, test, out)
 
 
-def open_splits(data: ConfigDict) -> tuple[Source, Source]:
-    """Opens the training and the test split of ``config.data``.
+def open_splits(data: ConfigDict) -> tuple[Source, Source | None]:
+    """Opens the training and, where ``config.data.test_split`` names one, the test split.
 
     What fits into ``config.data.cache_gib`` is decoded at once and stays in memory, unless
     its crops are random: those are made of the files.
@@ -78,9 +78,7 @@ def open_splits(data: ConfigDict) -> tuple[Source, Source]:
     Raises:
       UserError: what is missing or damaged, by path.
     """
-    if data.name not in SOURCES:
-        raise unknown("config.data.name", data.name, SOURCES)
-    train, test = SOURCES[data.name](data)
+    train, *rest = _opened(data, ("train", "test") if data.test_split else ("train",))
     channels = train.image_shape[-1]
     if data.mean and len(data.mean) != channels:
         raise UserError(
@@ -92,11 +90,36 @@ def open_splits(data: ConfigDict) -> tuple[Source, Source]:
                 f"config.data.random_resized_crop needs encoded images, but {data.name} holds "
                 f"pixels; leave it out, or use config.data.pad_crop"
             )
-        return train, _cached(test, data.test_split, data.cache_gib)
-    return (
-        _cached(train, data.train_split, data.cache_gib),
-        _cached(test, data.test_split, data.cache_gib),
-    )
+    else:
+        train = _cached(train, data.train_split, data.cache_gib)
+    return train, _cached(rest[0], data.test_split, data.cache_gib) if rest else None
+
+
+def open_test_split(data: ConfigDict, image_shape: tuple[int, int, int]) -> Source:
+    """Opens the test split alone: of a folder it may have any classes, or a single one.
+
+    Args:
+      data: the fields of the data.
+      image_shape: of the images that a network takes.
+
+    Raises:
+      UserError: as ``open_splits``; or the images cannot have that shape.
+    """
+    (test,) = _opened(data, ("test",))
+    if isinstance(test, EncodedSource):  # whose images become grey or colours as is wanted
+        test.image_shape = (*test.image_shape[:2], image_shape[-1])
+    if test.image_shape != image_shape:
+        raise UserError(
+            f"the images of data.name = {data.name!r} are {test.image_shape}, and the network "
+            f"takes {image_shape}"
+        )
+    return _cached(test, data.test_split, data.cache_gib)
+
+
+def _opened(data: ConfigDict, parts: Sequence[str]) -> Sequence[Source]:
+    if data.name not in SOURCES:
+        raise unknown("config.data.name", data.name, SOURCES)
+    return SOURCES[data.name](data, parts)
 
 
 def _cached(split: Source, name: str, most_gib: float) -> Source:

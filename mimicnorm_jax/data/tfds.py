@@ -6,6 +6,7 @@ import functools
 import os
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -232,8 +233,8 @@ class TFDSSource(EncodedSource):
         return digest(parts)
 
 
-def open_tfds(data: ConfigDict) -> tuple[TFDSSource, TFDSSource]:
-    """The splits of ``config.data.tfds_name`` in ``config.data.dir``."""
+def open_tfds(data: ConfigDict, parts: Sequence[str]) -> list[TFDSSource]:
+    """The splits of ``config.data.tfds_name`` for ``"train"`` and ``"test"``, or one of them."""
     if not data.dir:
         raise UserError(
             f"config.data.dir is not set; it is where {data.tfds_name} was prepared: "
@@ -241,7 +242,4 @@ def open_tfds(data: ConfigDict) -> tuple[TFDSSource, TFDSSource]:
         )
     builder = open_build(build_directory(data.dir, data.tfds_name))
     view = View.of(data)
-    train, test = (
-        TFDSSource(builder, split, view) for split in (data.train_split, data.test_split)
-    )
-    return train, test
+    return [TFDSSource(builder, data[f"{part}_split"], view) for part in parts]

@@ -6,7 +6,6 @@ import collections
 import contextlib
 import dataclasses
 import math
-import pathlib
 import sys
 from collections.abc import Callable, Generator
 from typing import Any
@@ -14,18 +13,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mimicnorm_jax.data.pipeline import Pipeline, prefetch
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.parallel import coordination, replicate, shard_batch
-from mimicnorm_jax.train.checkpoint import Checkpoints
-from mimicnorm_jax.train.description import check_network
-from mimicnorm_jax.train.metrics import accuracies
-from mimicnorm_jax.train.setup import Experiment, set_up_together
+from mimicnorm_jax.train.program import Program
+from mimicnorm_jax.train.scores import Outputs
+from mimicnorm_jax.train.setup import Experiment
 from mimicnorm_jax.train.state import TrainState
-from mimicnorm_jax.train.workdir import check_data, check_workdir, write_json
 
 OnBatch = Callable[[], None]
 
@@ -35,10 +31,10 @@ def _no_action() -> None:
 
 
 def _batches(
-    experiment: Experiment, split: Pipeline, description: str, on_batch: OnBatch
+    program: Program, split: Pipeline, description: str, on_batch: OnBatch
 ) -> Generator[Any]:
     """The whole split in order, on the devices, with its progress on a terminal."""
-    ahead = prefetch(split.evaluation_batches(), lambda batch: shard_batch(batch, experiment.mesh))
+    ahead = prefetch(split.evaluation_batches(), lambda batch: shard_batch(batch, program.mesh))
     shown = sys.stderr.isatty() and coordination.is_first()
     with contextlib.closing(ahead):
         for batch in tqdm(
@@ -79,6 +75,33 @@ def evaluate(
             f"{split_name}_examples": sums["count"],
         }
     return found
+
+
+def outputs_of(
+    program: Program,
+    state: TrainState,
+    split: Pipeline,
+    on_batch: OnBatch = _no_action,
+    *,
+    description: str = "evaluating",
+) -> Outputs:
+    """The logits of every example of a split, on the host, in every process.
+
+    Args:
+      program: whose network.
+      state: on its devices; where the run averages its parameters, from ``averaged``.
+      split: its images.
+      on_batch: called after each batch; may raise to end the evaluation.
+      description: shown beside the progress.
+    """
+    logits, labels = [], []
+    with contextlib.closing(_batches(program, split, description, on_batch)) as batches:
+        for batch in batches:
+            found = jax.device_get(program.logits_step(state.params, state.batch_stats, batch))
+            real = found["mask"] > 0
+            logits.append(found["logits"][real])
+            labels.append(found["label"][real])
+    return Outputs(np.concatenate(logits), np.concatenate(labels))
 
 
 def averaged(
@@ -157,53 +180,3 @@ def recalibrate(
     for name, value in exact.items():
         statistics[name] = replicate(value.astype(statistics[name].dtype), experiment.mesh)
     return dataclasses.replace(state, batch_stats=batch_stats)
-
-
-def evaluate_run(
-    config: ConfigDict, workdir: pathlib.Path, *, exact: bool = False
-) -> dict[str, Any]:
-    """Evaluates the latest and the best checkpoint of a run on the test split.
-
-    The run may be going on: nothing of it is changed.
-
-    Args:
-      config: the configuration.
-      workdir: the run's folder.
-      exact: also with the last BN's statistics of the whole training split.
-
-    Returns:
-      ``latest`` and ``best``, each with ``step``, ``test_loss``, ``test_accuracy`` and
-      ``test_examples``, and the same as ``latest_recalibrated`` and ``best_recalibrated``
-      if asked for; also written to ``eval.json`` in ``workdir``.
-
-    Raises:
-      UserError: a wrong input, or a folder without checkpoints.
-    """
-    directory = workdir / "checkpoints"
-
-    def check() -> None:
-        if not directory.is_dir():
-            raise UserError(f"--workdir={workdir} has no checkpoints to evaluate; train it first")
-        check_workdir(workdir, config, writes=False)
-        check_network(workdir, config)
-
-    coordination.together("workdir", check)
-    experiment = set_up_together(config)
-    coordination.together("data", lambda: check_data(workdir, experiment.data_identity))
-    checkpoints = Checkpoints(directory)
-    best = checkpoints.restore_best(experiment.abstract_state, accuracies(workdir))
-    latest = checkpoints.restore_latest(experiment.abstract_state, set_aside=False)
-    states = {
-        name: replicate(restored.state, experiment.mesh)
-        for name, restored in (("best", best), ("latest", latest))
-        if restored is not None
-    }
-    if exact:
-        states |= {f"{name}_recalibrated": recalibrate(experiment, s) for name, s in states.items()}
-    results = {
-        name: {"step": int(state.step)} | evaluate(experiment, state)
-        for name, state in states.items()
-    }
-    if coordination.is_first():
-        write_json(workdir / "eval.json", results)
-    return results

@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 from mimicnorm_jax.errors import RunError
 from mimicnorm_jax.parallel import coordination, replicate
 from mimicnorm_jax.train import messages
+from mimicnorm_jax.train.calibrated import Calibration, calibrate, write_calibrations
 from mimicnorm_jax.train.checkpoint import Checkpoints
-from mimicnorm_jax.train.evaluation import evaluate, recalibrate
+from mimicnorm_jax.train.evaluation import averaged, evaluate, outputs_of, recalibrate
 from mimicnorm_jax.train.finite import FiniteCheck
 from mimicnorm_jax.train.lock import WorkdirLock
 from mimicnorm_jax.train.metrics import Pending, evaluations
@@ -267,8 +268,9 @@ class _Loop:
         recalibrated = None
         if self._experiment.network.last_bn is not None:
             exact = recalibrate(self._experiment, self._state, self._tick)
-            recalibrated = evaluate(self._experiment, exact, self._tick)["test_accuracy"]
+            recalibrated = evaluate(self._experiment, exact, self._tick).get("test_accuracy")
         self._checkpoints.close()  # before the summary says that the run is finished
+        calibration = self._calibrate()
         summary = summarize(
             self._experiment,
             self._workdir,
@@ -278,14 +280,34 @@ class _Loop:
                 "resumed_from_step": self._first_step,
                 "seconds": time.monotonic() - self._began,
                 "images_per_second": self._throughput.total_rate(),
-                "final_test_accuracy": evaluation["test_accuracy"],
-                "final_test_loss": evaluation["test_loss"],
+                "final_test_accuracy": evaluation.get("test_accuracy"),
+                "final_test_loss": evaluation.get("test_loss"),
                 "final_holdout_accuracy": evaluation.get("holdout_accuracy"),
                 "best_chosen_by": "holdout" if "holdout_accuracy" in evaluation else "test",
                 "final_test_accuracy_recalibrated": recalibrated,
-                "test_examples": evaluation["test_examples"],
+                "test_examples": evaluation.get("test_examples"),
+                "calibration": calibration,
             },
         )
         self._progress.say(messages.finished(summary, self._workdir))
         coordination.wait_for_all("finished")
         return summary
+
+    def _calibrate(self) -> Calibration | None:
+        """Fits the temperatures of the best state and of the last; returns that of the best."""
+        experiment, best_step = self._experiment, self._records.best["best_step"]
+        if experiment.holdout_data is None:
+            return None
+        states = {self._step: self._state}
+        if best_step not in states:
+            best = self._checkpoints.restore_best(experiment.abstract_state, {best_step: 1.0})
+            states[int(best.state.step)] = replicate(best.state, experiment.mesh)
+        found: dict[int, Calibration] = {}
+        for step, state in states.items():
+            state = averaged(experiment, state, self._tick)
+            split = experiment.holdout_data
+            found[step] = calibrate(outputs_of(experiment, state, split, self._tick))
+        if coordination.is_first():
+            self._lock.check()
+            write_calibrations(self._workdir, found)
+        return found.get(best_step)

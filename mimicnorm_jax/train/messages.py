@@ -47,7 +47,7 @@ def introduce(experiment: Experiment, workdir: pathlib.Path) -> None:
 
 def _counts(experiment: Experiment) -> str:
     splits = experiment.splits
-    line = f"{len(splits.train)} training and {len(splits.test)} test images"
+    line = f"{len(splits.train)} training and {len(splits.test or ())} test images"
     return line if splits.holdout is None else f"{line}, {len(splits.holdout)} held out"
 
 
@@ -97,33 +97,53 @@ def resumed(experiment: Experiment, step: int, before: dict[str, Any]) -> str:
     return line
 
 
-def evaluated(epoch: float, found: dict[str, float], best: float) -> str:
+def evaluated(epoch: float, found: dict[str, float], best: float | None) -> str:
     """The results of an evaluation, and the test accuracy of the best one so far."""
-    line = f"epoch {epoch:.2f}: test_accuracy {100 * found['test_accuracy']:.2f}% "
-    line += f"test_loss {found['test_loss']:.4f} "
+    line = f"epoch {epoch:.2f}:"
+    if best is not None:
+        line += f" test_accuracy {100 * found['test_accuracy']:.2f}%"
+        line += f" test_loss {found['test_loss']:.4f}"
     if "holdout_accuracy" not in found:
-        return f"{line}(best {100 * best:.2f}%)"
-    chosen = f"{100 * best:.2f}% where that on the images held out was best"
-    return f"{line}holdout_accuracy {100 * found['holdout_accuracy']:.2f}% ({chosen})"
+        return f"{line} (best {100 * (best or 0):.2f}%)"
+    line += f" holdout_accuracy {100 * found['holdout_accuracy']:.2f}%"
+    if best is None:
+        return f"{line} holdout_loss {found['holdout_loss']:.4f}"
+    return f"{line} ({100 * best:.2f}% where that on the images held out was best)"
 
 
 def finished(summary: Summary, workdir: pathlib.Path) -> str:
     """The result, and where to look at it."""
+    split = "holdout" if summary["final_test_accuracy"] is None else "test"
     lines = [
-        f"final_test_accuracy {summary['final_test_accuracy']:.4f} "
-        f"best_test_accuracy {summary['best_test_accuracy']:.4f} "
+        f"final_{split}_accuracy {summary[f'final_{split}_accuracy']:.4f} "
+        f"best_{split}_accuracy {summary[f'best_{split}_accuracy']:.4f} "
         f"after {summary['steps']} steps, {summary['seconds']:.0f} s",
         f"curves: {workdir / 'curves.png'}",
         f"summary: {workdir / 'summary.json'}",
     ]
     if (exact := summary["final_test_accuracy_recalibrated"]) is not None:
         lines.insert(1, f"with exact last-BN statistics: {exact:.4f}")
+    if (calibration := summary["calibration"]) is not None:
+        lines.insert(1, calibrated(calibration))
     return "\n".join(lines)
+
+
+def calibrated(calibration: dict[str, Any]) -> str:
+    """What a temperature does to the probabilities."""
+    before, after = calibration["before"], calibration["after"]
+    return (
+        f"probabilities at temperature {calibration['temperature']:.3g}, from "
+        f"{calibration['examples']} images held out, where it takes the calibration error from "
+        f"{100 * before['calibration_error']:.1f} to {100 * after['calibration_error']:.1f} % and "
+        f"the negative log-likelihood from {before['loss']:.4f} to {after['loss']:.4f}"
+    )
 
 
 def say_finished(summary: Summary, workdir: pathlib.Path) -> None:
     """Tells that there is nothing left to do."""
+    split = "holdout" if summary["final_test_accuracy"] is None else "test"
     print(
-        f"{workdir} is finished: final_test_accuracy {summary['final_test_accuracy']:.4f} after "
+        f"{workdir} is finished: final_{split}_accuracy "
+        f"{summary[f'final_{split}_accuracy']:.4f} after "
         f"{summary['steps']} steps; delete it or choose another --workdir to run again"
     )

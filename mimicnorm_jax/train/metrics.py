@@ -140,7 +140,7 @@ def read_rows(workdir: pathlib.Path) -> list[Row]:
 
 def evaluations(workdir: pathlib.Path) -> list[Row]:
     """The rows of the evaluations, in order."""
-    return [row for row in read_rows(workdir) if "test_accuracy" in row]
+    return [row for row in read_rows(workdir) if row.keys() & {"test_accuracy", "holdout_accuracy"}]
 
 
 def chooses(row: Row) -> float:

@@ -35,6 +35,7 @@ from mimicnorm_jax.train.step import (
     StatisticsStep,
     TrainStep,
     make_eval_step,
+    make_logits_step,
     make_moments_step,
     make_several_steps,
     make_statistics_step,
@@ -68,8 +69,8 @@ class Program:
       mesh: the devices.
       network: the static structure of the network.
       epoch_steps: steps of ``config.epochs``.
-      train_step, several_steps, eval_step, moments_step, statistics_step: compiled at their
-        first call.
+      train_step, several_steps, eval_step, logits_step, moments_step, statistics_step: compiled
+        at their first call.
       steps_per_call: ``config.steps_per_call``, and 1 on CPUs: XLA's convolutions are slow in
         loops there.
       abstract_state: shapes and types of the state.
@@ -84,6 +85,7 @@ class Program:
     several_steps: SeveralSteps
     steps_per_call: int
     eval_step: EvalStep
+    logits_step: EvalStep
     moments_step: EvalStep
     statistics_step: StatisticsStep
     abstract_state: TrainState
@@ -197,6 +199,7 @@ def make_program(
         several_steps=make_several_steps(train_step),
         steps_per_call=1 if on_cpu else config.steps_per_call,
         eval_step=make_eval_step(network, **common),
+        logits_step=make_logits_step(network, **common),
         moments_step=make_moments_step(network, **common),
         statistics_step=make_statistics_step(config, network, **common),
         abstract_state=jax.eval_shape(create_initial),

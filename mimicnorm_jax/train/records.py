@@ -20,15 +20,19 @@ class Records:
     Attributes:
       since_log: those of the steps since the last line of metrics, oldest first; a checkpoint
         keeps them.
-      best: step of the best evaluation, and its accuracy on the test images.
+      best: step of the best evaluation, and its accuracies on the test images and on those held
+        out; None where there are none.
       evaluation: that of the present state; None where there is none.
     """
 
+    _ACCURACIES = ("test_accuracy", "holdout_accuracy")
+
     def __init__(self) -> None:
         self.since_log: list[Metrics] = []
-        self.best: dict[str, Any] = {"best_test_accuracy": 0.0, "best_step": 0}
+        self.best: dict[str, Any] = {f"best_{name}": None for name in self._ACCURACIES}
+        self.best["best_step"] = 0
         self.evaluation: Metrics | None = None
-        self._most = 0.0  # of the accuracy that chooses
+        self._most = -1.0  # of the accuracy that chooses
         self._writer: MetricsWriter | None = None
 
     def restore(self, since_log: list[Metrics], evaluations: Sequence[Row], step: int) -> None:
@@ -87,7 +91,8 @@ class Records:
     def _note_best(self, row: Row) -> None:
         if chooses(row) > self._most:
             self._most = chooses(row)
-            self.best = {"best_test_accuracy": row["test_accuracy"], "best_step": row["step"]}
+            accuracies = {f"best_{name}": row.get(name) for name in self._ACCURACIES}
+            self.best = accuracies | {"best_step": row["step"]}
 
     def _write(self, row: Row) -> None:
         if self._writer is not None:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from mimicnorm_jax.data.splits import Splits, splits_of
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.parallel import make_mesh, replicate
+from mimicnorm_jax.train.calibrated import read_calibration
 from mimicnorm_jax.train.checkpoint import Checkpoints, Restored
 from mimicnorm_jax.train.description import Description, check_network, read_description
 from mimicnorm_jax.train.evaluation import averaged
@@ -32,12 +33,14 @@ class RestoredNetwork(NamedTuple):
       description: of the images it was trained on.
       model: in evaluation mode.
       step: of its checkpoint.
+      temperature: of its probabilities; None where there is none.
     """
 
     config: ConfigDict
     description: Description
     model: nnx.Module
     step: int
+    temperature: float | None
 
 
 def restore(workdir: pathlib.Path, which: str) -> RestoredNetwork:
@@ -67,7 +70,10 @@ def restore(workdir: pathlib.Path, which: str) -> RestoredNetwork:
         state = averaged(experiment, replicate(restored.state, mesh))
     values = state.evaluated_params, state.batch_stats
     model = nnx.merge(program.network.eval_graph, *values, copy=True)
-    return RestoredNetwork(config, description, model, int(restored.state.step))
+    step = int(restored.state.step)
+    calibration = read_calibration(workdir, step)
+    temperature = None if calibration is None else calibration["temperature"]
+    return RestoredNetwork(config, description, model, step, temperature)
 
 
 def _read(workdir: pathlib.Path, which: str, target: TrainState) -> Restored:
@@ -88,7 +94,7 @@ def _described_by_data(workdir: pathlib.Path, config: ConfigDict) -> Description
 def _opened(workdir: pathlib.Path, config: ConfigDict, for_what: str) -> Splits:
     try:
         splits = splits_of(config)
-        check_data(workdir, data_identity(splits))
+        check_data(workdir, data_identity(splits._asdict()))
     except UserError as error:
         raise UserError(f"{workdir} needs its training images for {for_what}: {error}") from error
     return splits

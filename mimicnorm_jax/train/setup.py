@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -41,14 +41,15 @@ class Experiment(Program):
 
     Attributes:
       train_data: training batches by step.
-      test_data: the test split.
-      holdout_data: images that choose the best checkpoint; None where the test split does.
+      test_data: the test split; None where there is none.
+      holdout_data: images that choose the best checkpoint and the temperature; None where the
+        test split chooses the checkpoint.
       total_steps: length of the run.
       images: what is known of the training images.
     """
 
     train_data: Pipeline
-    test_data: Pipeline
+    test_data: Pipeline | None
     holdout_data: Pipeline | None
     total_steps: int
     images: Images
@@ -61,13 +62,15 @@ class Experiment(Program):
     @property
     def data_identity(self) -> DataIdentity:
         """What tells the images of this run from others, wherever they are stored."""
-        return data_identity(self.splits)
+        return data_identity(self.splits._asdict())
 
     @property
     def splits(self) -> Splits:
         """The images."""
-        holdout = None if self.holdout_data is None else self.holdout_data.source
-        return Splits(self.train_data.source, self.test_data.source, holdout)
+        test, holdout = (
+            None if data is None else data.source for data in (self.test_data, self.holdout_data)
+        )
+        return Splits(self.train_data.source, test, holdout)
 
     def due(self, step: int) -> Due:
         """What is done after a step; after the last one everything."""
@@ -150,19 +153,26 @@ def pipelines(config: ConfigDict, splits: Splits) -> dict[str, Pipeline | None]:
     crop = None
     if data.random_resized_crop:
         crop = RandomResizedCrop(tuple(data.crop_scale), tuple(data.crop_ratio))
-    workers = Workers(data.threads or Workers.threads, data.processes)
-    common = {
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "workers": workers,
-        "process_index": coordination.process_index(),
-        "process_count": coordination.process_count(),
-    }
     return {
-        "train_data": Pipeline(splits.train, crop=crop, **common),
-        "test_data": Pipeline(splits.test, **common),
-        "holdout_data": None if splits.holdout is None else Pipeline(splits.holdout, **common),
+        "train_data": pipeline_of(config, splits.train, crop),
+        "test_data": None if splits.test is None else pipeline_of(config, splits.test),
+        "holdout_data": None if splits.holdout is None else pipeline_of(config, splits.holdout),
     }
+
+
+def pipeline_of(
+    config: ConfigDict, source: Source, crop: RandomResizedCrop | None = None
+) -> Pipeline:
+    """The configured pipeline of one split, for this process."""
+    return Pipeline(
+        source,
+        crop=crop,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        workers=Workers(config.data.threads or Workers.threads, config.data.processes),
+        process_index=coordination.process_index(),
+        process_count=coordination.process_count(),
+    )
 
 
 def set_up_together(config: ConfigDict) -> Experiment:
@@ -171,16 +181,26 @@ def set_up_together(config: ConfigDict) -> Experiment:
     Raises:
       UserError: also where the processes were not started alike, or see other images.
     """
+    check_same_configuration(config)
+    experiment = coordination.together("set-up", lambda: set_up(config))
+    check_same_images(experiment.splits._asdict())
+    return experiment
+
+
+def check_same_configuration(config: ConfigDict) -> None:
+    """Raises ``UserError`` unless every process of a run has the same configuration."""
     said = {"JAX": jax.__version__} | {
         f"config.{name}": value
         for name, value in config_as_json(config).items()
         if name not in LOCAL_FIELDS
     }
     _check_alike("configuration", said)
-    experiment = coordination.together("set-up", lambda: set_up(config))
-    for split, identity in experiment.data_identity.items():
+
+
+def check_same_images(splits: Mapping[str, Source | None]) -> None:
+    """Raises ``UserError`` unless every process of a run sees the same splits."""
+    for split, identity in data_identity(splits).items():
         _check_alike("data", {f"{split} {name}": value for name, value in identity.items()})
-    return experiment
 
 
 def _check_alike(what: str, said: dict[str, Any]) -> None:

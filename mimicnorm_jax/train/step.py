@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from mimicnorm_jax.data.augment import augment, example_keys, normalize
 from mimicnorm_jax.layers import cross_entropy
-from mimicnorm_jax.parallel import DATA_AXIS
+from mimicnorm_jax.parallel import DATA_AXIS, replicated
 from mimicnorm_jax.precision import Precision
 from mimicnorm_jax.train.gradient import in_micro_batches, whole_batch
 from mimicnorm_jax.train.state import Network, TrainState
@@ -242,6 +242,32 @@ def make_eval_step(
         return lax.psum(sums, DATA_AXIS)
 
     return _mapped_over_batch(local_step, mesh)
+
+
+def make_logits_step(
+    network: Network,
+    *,
+    mesh: Mesh,
+    precision: Precision,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> EvalStep:
+    """Compiles the logits of one batch; arguments as for ``make_train_step``.
+
+    Returns:
+      ``step(params, batch_stats, batch) -> outputs``: ``logits`` (B, num_classes), ``label`` (B,)
+      and ``mask`` (B,) of the whole batch, on every device.
+    """
+
+    def local_step(params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> Metrics:
+        images = normalize(batch["image"], mean=mean, std=std, dtype=precision.param_dtype)
+        logits = network.apply_eval(params, batch_stats, images.astype(precision.dtype))
+        return {"logits": logits, "label": batch["label"], "mask": batch["mask"]}
+
+    mapped = jax.shard_map(
+        local_step, mesh=mesh, in_specs=(P(), P(), P(DATA_AXIS)), out_specs=P(DATA_AXIS)
+    )
+    return jax.jit(mapped, out_shardings=replicated(mesh))
 
 
 def make_moments_step(

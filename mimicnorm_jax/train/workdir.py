@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from mimicnorm_jax.config import FIELDS, FREE_FIELDS, default_config
-from mimicnorm_jax.data.splits import Splits
+from mimicnorm_jax.data.sources import Source
 from mimicnorm_jax.errors import UserError, first_line, refused_by_system, unknown
 from mimicnorm_jax.train.lock import LOCK_NAME, check_unused
 from mimicnorm_jax.train.provenance import config_as_json
@@ -25,13 +26,20 @@ def default_workdir(config: ConfigDict, config_path: str) -> pathlib.Path:
     return pathlib.Path("runs") / f"{name}-{config.method}-s{config.seed}"
 
 
-def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, writes: bool = True) -> None:
+def check_workdir(
+    workdir: pathlib.Path,
+    config: ConfigDict,
+    *,
+    writes: bool = True,
+    free: Collection[str] = FREE_FIELDS,
+) -> None:
     """Makes sure that a run of ``config`` may use ``workdir``; writes nothing.
 
     Args:
       workdir: the folder.
       config: the configuration.
       writes: False to evaluate only, which is possible while the run goes on.
+      free: fields in which the run may differ from ``config``.
 
     Raises:
       UserError: it holds the run of another configuration, or files that are no run, or
@@ -43,14 +51,16 @@ def check_workdir(workdir: pathlib.Path, config: ConfigDict, *, writes: bool = T
             check_unused(workdir)
         if not (workdir / "config.json").exists():
             return
-    if differing := other_fields(workdir, config):
+    if differing := other_fields(workdir, config, free):
         raise UserError(
             f"--workdir={workdir} holds the run of another configuration: "
             f"{differing}; choose another --workdir or delete it"
         )
 
 
-def other_fields(workdir: pathlib.Path, config: ConfigDict) -> str:
+def other_fields(
+    workdir: pathlib.Path, config: ConfigDict, free: Collection[str] = FREE_FIELDS
+) -> str:
     """In words, the first few fields in which the run in ``workdir`` is not one of ``config``."""
     # a run of an earlier version has the defaults of the fields that came later
     before = config_as_json(default_config()) | read_json(workdir / "config.json")
@@ -58,7 +68,7 @@ def other_fields(workdir: pathlib.Path, config: ConfigDict) -> str:
     differing = [
         f"config.{name} ({before.get(name)!r} there, {now.get(name)!r} now)"
         for name in sorted(before.keys() | now.keys())
-        if name not in FREE_FIELDS and before.get(name) != now.get(name)
+        if name not in free and before.get(name) != now.get(name)
     ]
     return ", ".join(differing[:3])
 
@@ -100,7 +110,7 @@ def _check_folder(workdir: pathlib.Path) -> None:
         raise UserError(f"--workdir={workdir} is not empty and holds no run; allowed: a new name")
 
 
-def data_identity(splits: Splits) -> DataIdentity:
+def data_identity(splits: Mapping[str, Source | None]) -> DataIdentity:
     """What a run remembers of its data: counts and digests, not where they are stored."""
     return {
         name: {
@@ -108,7 +118,7 @@ def data_identity(splits: Splits) -> DataIdentity:
             "classes": len(split.class_names),
             "sha256": split.identity,
         }
-        for name, split in splits._asdict().items()
+        for name, split in splits.items()
         if split is not None
     }
 

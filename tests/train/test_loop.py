@@ -13,7 +13,7 @@ from mimicnorm_jax.errors import NonFiniteError, UserError
 from mimicnorm_jax.layers import last_bn_loss_floor
 from mimicnorm_jax.train import loop
 from mimicnorm_jax.train.checkpoint import Checkpoints
-from mimicnorm_jax.train.evaluation import evaluate_run
+from mimicnorm_jax.train.evaluated_run import Question, evaluate_run
 from mimicnorm_jax.train.loop import train
 from mimicnorm_jax.train.metrics import evaluations, read_rows
 from mimicnorm_jax.train.setup import configure_jax, set_up
@@ -82,7 +82,7 @@ def test_a_run_leaves_what_is_promised(finished):
     assert summary["final_train_loss_floor"] == training[-1]["train_loss_floor"]
 
     # evaluating the folder again finds the same numbers
-    results = evaluate_run(config, workdir, exact=True)
+    results = evaluate_run(config, workdir, Question(exact=True)).results
     assert results["latest"]["step"] == 90
     assert results["latest"]["test_accuracy"] == summary["final_test_accuracy"]
     assert results["best"]["test_accuracy"] == summary["best_test_accuracy"]
@@ -203,9 +203,8 @@ def test_a_run_is_not_continued_on_other_images(tiny_config, tmp_path):
     train(config("a", 2), tmp_path / "run")
     (tmp_path / "a").rename(tmp_path / "moved")
     assert train(config("moved", 3), tmp_path / "run")["resumed_from_step"] == 2
-    for attempt in (train, evaluate_run):
-        with pytest.raises(UserError, match="a run on other train images"):
-            attempt(config("b", 4), tmp_path / "run")
+    with pytest.raises(UserError, match="a run on other train images"):
+        train(config("b", 4), tmp_path / "run")
 
 
 def test_what_a_kill_in_the_first_moment_leaves_is_no_obstacle(tiny_config, tmp_path):
@@ -242,7 +241,7 @@ def test_where_no_checkpoint_can_be_read_nothing_is_touched(tiny_config, tmp_pat
     train(config, tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
     damage(folder / "4")
-    results = evaluate_run(config, tmp_path / "run")
+    results = evaluate_run(config, tmp_path / "run").results
     assert results["best"]["step"] == 2
     assert "checkpoint of step 4 is damaged" in capsys.readouterr().err
     damage(folder / "2")
@@ -315,7 +314,7 @@ def test_an_evaluation_that_a_stop_interrupted_counts_once_it_is_made_up_for(
     assert (longer["best_step"], longer["best_test_accuracy"]) == (4, 0.7)
     assert [row["step"] for row in evaluations(tmp_path / "run")] == [4, 6]
     monkeypatch.undo()
-    assert evaluate_run(tiny_config(max_steps=6), tmp_path / "run")["best"]["step"] == 4
+    assert evaluate_run(tiny_config(max_steps=6), tmp_path / "run").results["best"]["step"] == 4
 
 
 @pytest.mark.parametrize("place", ["cache", "file"])
