@@ -17,6 +17,7 @@ from mimicnorm_jax.layers import (
 )
 from mimicnorm_jax.methods import METHODS, Method, create_method
 from mimicnorm_jax.models import NETWORKS, create_model
+from mimicnorm_jax.runs import evaluate, fit, read_config
 from mimicnorm_jax.trained import TrainedNetwork, load
 from mimicnorm_jax.version import __version__ as __version__
 
@@ -32,10 +33,13 @@ __all__ = [
     "center_kernel",
     "create_method",
     "create_model",
+    "evaluate",
+    "fit",
     "last_bn_cross_entropy",
     "last_bn_loss_floor",
     "load",
     "project_weight_mean",
+    "read_config",
     "stable_variance",
     "weight_mean_mask",
 ]

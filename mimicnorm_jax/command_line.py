@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
@@ -53,6 +53,10 @@ def given(argv: list[str], name: str) -> str | None:
 
 def _parse(argv: list[str], saved_in: Callable[[list[str]], str | None] | None) -> list[str]:
     """Parses the command line; what is wrong with it is a ``UserError``, never a traceback."""
+    try:
+        argv = [argv[0], *flags.FLAGS.read_flags_from_files(argv[1:])]
+    except flags.Error as error:
+        raise UserError(first_line(error)) from error
     if saved_in and given(argv, "config") is None and (run := saved_in(argv)):
         argv = [argv[0], f"--config={_SAVED_CONFIG}:{run}", *argv[1:]]
     for argument in argv[1:]:
@@ -96,7 +100,8 @@ def run_program(
     without_config: Collection[str] = (),
     saved_in: Callable[[list[str]], str | None] | None = None,
     takes_arguments: bool = False,
-) -> None:
+    argv: Sequence[str] | None = None,
+) -> int:
     """Parses the flags and runs a program.
 
     A wrong input is one line and exit code 2, a run that cannot go on one line and exit code 1.
@@ -110,6 +115,11 @@ def run_program(
         no ``--config`` is given; None where none does.
       takes_arguments: call the only program with the arguments that are no flags; else there
         may be none.
+      argv: the arguments, where another program calls this one, which then goes on; None: those
+        of the command line, after which the process ends.
+
+    Returns:
+      The exit code.
     """
     instead = "; or --workdir=RUN of a run that was begun" if saved_in else ""
     programs = program if isinstance(program, Mapping) else {"": program}
@@ -137,6 +147,8 @@ def run_program(
             logging.set_verbosity(logging.FATAL)
         programs[argv[1]](*argv[2:])
 
+    if argv is not None:
+        return _called(lambda: run(parse([sys.argv[0], *argv])), argv)
     try:
         app.run(run, flags_parser=parse)
     except UserError as error:
@@ -155,8 +167,41 @@ def run_program(
         coordination.fail_unexpectedly(error)
 
 
+def _called(program: Callable[[], None], argv: Sequence[str]) -> int:
+    """Runs a program in the process of another, whose flags and arguments come back."""
+    _forget_flags()
+    before, sys.argv = sys.argv, [sys.argv[0], *argv]  # where config_flags looks for overrides
+    app.define_help_flags()
+    try:
+        program()
+    except UserError as error:
+        return _say(Failure(2, str(error)))
+    except RunError as error:
+        return _say(Failure(1, str(error)))
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    finally:
+        sys.argv = before
+        _forget_flags()
+    return 0
+
+
+def _forget_flags() -> None:
+    """Sets all flags back; those of a configuration's fields exist for one command line only."""
+    for name in list(flags.FLAGS):
+        if name.startswith("config."):
+            delattr(flags.FLAGS, name)
+    flags.FLAGS.unparse_flags()
+    for name in flags.FLAGS:
+        flags.FLAGS[name].unparse()
+
+
 def _fail(failure: Failure) -> NoReturn:
     if coordination.process_count() > 1:
         coordination.fail(failure)
+    sys.exit(_say(failure))
+
+
+def _say(failure: Failure) -> int:
     print(f"error: {failure.message}", file=sys.stderr)
-    sys.exit(failure.code)
+    return failure.code

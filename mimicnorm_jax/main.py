@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any, cast
 
 from absl import flags
@@ -99,9 +100,17 @@ def _run_of(argv: list[str]) -> str | None:
     return folder if (pathlib.Path(folder).expanduser() / "config.json").exists() else None
 
 
-def main() -> None:
-    """Runs the program."""
-    command_line.run_program(_run, saved_in=_run_of)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program.
+
+    Args:
+      argv: its arguments, such as ``["--config", "digits_resnet20"]``, where another program or
+        a notebook calls it, as often as it likes; None: those of the command line.
+
+    Returns:
+      The exit code, if there are arguments; without them the process ends.
+    """
+    return command_line.run_program(_run, saved_in=_run_of, argv=argv)
 
 
 if __name__ == "__main__":

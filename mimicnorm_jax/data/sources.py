@@ -6,18 +6,17 @@ import abc
 import dataclasses
 import functools
 import hashlib
-import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from mimicnorm_jax.data import images
 from mimicnorm_jax.data.images import CropChoice
 from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.progress_bar import progress_bar
 
 
 class Source(Protocol):
@@ -150,7 +149,7 @@ class EncodedSource(abc.ABC):
         """See ``Source``. Where they are known beside the images, a subclass sets them."""
         with ThreadPoolExecutor(8) as pool:
             found = pool.map(lambda index: self.read(index)[1], range(len(self)))
-            shown = tqdm(found, "reading labels", len(self), disable=not sys.stderr.isatty())
+            shown = progress_bar(found, "reading labels", len(self))
             return np.fromiter(shown, np.int32, len(self))
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
@@ -210,9 +209,7 @@ def cache(source: Source, *, description: str, workers: int = 8) -> ArraySource:
 
     with ThreadPoolExecutor(workers) as pool:
         done = pool.map(load, range(len(source)))
-        for _ in tqdm(
-            done, description, len(source), unit="image", disable=not sys.stderr.isatty()
-        ):
+        for _ in progress_bar(done, description, len(source), unit="image"):
             pass
     return ArraySource(pixels, labels, source.class_names, source.identity)
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from mimicnorm_jax.config import default_config, validate
 from mimicnorm_jax.data.augment import normalize
@@ -18,6 +16,7 @@ from mimicnorm_jax.data.pipeline import Pipeline
 from mimicnorm_jax.data.sources import channel_statistics
 from mimicnorm_jax.paper.drawing import Data, Numbers, PaperFigure, new_figure
 from mimicnorm_jax.parallel import make_mesh, shard_batch
+from mimicnorm_jax.progress_bar import progress_bar
 from mimicnorm_jax.train.program import Images, make_program
 
 _SIZE = 32
@@ -62,7 +61,7 @@ def _variances(
 
     state, running, found = program.initial_state(), np.ones(classes), []
     pipeline = Pipeline(source, batch_size=batch, seed=0)
-    shown = tqdm(range(steps), f"{network} {method}", leave=False, disable=not sys.stderr.isatty())
+    shown = progress_bar(range(steps), f"{network} {method}", leave=False)
     for step in shown:
         placed = shard_batch(pipeline.batch(step), mesh)
         now = np.asarray(variance(state.params, state.batch_stats, placed["image"]))

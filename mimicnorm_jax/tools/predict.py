@@ -25,6 +25,7 @@ from mimicnorm_jax import command_line
 from mimicnorm_jax.data.folder import IMAGE_SUFFIXES
 from mimicnorm_jax.errors import UserError, refused_by_system
 from mimicnorm_jax.parallel import make_mesh
+from mimicnorm_jax.progress_bar import progress_bar
 from mimicnorm_jax.tools.report import JSON, PLOT, check_output, write_json
 from mimicnorm_jax.train.setup import configure_jax, silence_false_alarms
 from mimicnorm_jax.train.workdir import saved_config
@@ -161,7 +162,7 @@ def _run(run: str = "", *arguments: str) -> None:
     top = min(_TOP.value, len(network.classes))
     found: list[Answer] = []
     shown: list[np.ndarray] = []
-    with tqdm(total=len(paths), unit="image", disable=not sys.stderr.isatty()) as progress:
+    with progress_bar(total=len(paths), unit="image") as progress:
         for answer, image in answers(network, paths, top=top):
             found.append(answer)
             if len(shown) < _MOST_SHOWN:

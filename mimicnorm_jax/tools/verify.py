@@ -20,10 +20,10 @@ from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from mimicnorm_jax.errors import UserError, first_line
 from mimicnorm_jax.parallel import replicate
+from mimicnorm_jax.progress_bar import progress_bar
 from mimicnorm_jax.train.checkpoint import DIGEST, Progress, Restored, checkpoint_steps, read
 from mimicnorm_jax.train.provenance import config_as_json, config_digest, hardware
 from mimicnorm_jax.train.setup import Experiment, configure_jax, set_up
@@ -87,13 +87,12 @@ def replay(experiment: Experiment, state: TrainState, interval: Interval) -> str
     first, last = interval
     ahead = experiment.batches(first, last)
     steps = iter(
-        tqdm(
+        progress_bar(
             ahead,
             f"steps {first} to {last}",
             last - first,
             unit="step",
             leave=False,
-            disable=not sys.stderr.isatty(),
         )
     )
     with contextlib.closing(ahead):

@@ -6,18 +6,17 @@ import collections
 import contextlib
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Generator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from mimicnorm_jax.data.pipeline import Pipeline, prefetch
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.parallel import coordination, replicate, shard_batch
+from mimicnorm_jax.progress_bar import progress_bar
 from mimicnorm_jax.train.program import Program
 from mimicnorm_jax.train.scores import Outputs
 from mimicnorm_jax.train.setup import Experiment
@@ -35,10 +34,13 @@ def _batches(
 ) -> Generator[Any]:
     """The whole split in order, on the devices, with its progress on a terminal."""
     ahead = prefetch(split.evaluation_batches(), lambda batch: shard_batch(batch, program.mesh))
-    shown = sys.stderr.isatty() and coordination.is_first()
     with contextlib.closing(ahead):
-        for batch in tqdm(
-            ahead, description, math.ceil(split.steps(1)), leave=False, disable=not shown
+        for batch in progress_bar(
+            ahead,
+            description,
+            math.ceil(split.steps(1)),
+            leave=False,
+            shown=coordination.is_first(),
         ):
             yield batch
             on_batch()

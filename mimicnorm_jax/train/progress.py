@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
-from tqdm import tqdm
+from mimicnorm_jax.progress_bar import progress_bar
 
 _SECONDS_BETWEEN_LINES = 2.0
 
 
 class Progress:
-    """Progress of the steps with loss, accuracy, learning rate, images/s and ETA.
+    """Progress of the steps with loss, accuracy, images/s and ETA, in about 80 columns.
 
     Args:
       step: step the run starts at.
@@ -27,19 +26,15 @@ class Progress:
         self._total = total_steps
         self._first_step = step
         self._start = self._last_line = time.monotonic()
-        self._bar = (
-            tqdm(
-                total=total_steps,
-                initial=step,
-                unit="step",
-                dynamic_ncols=True,
-                smoothing=0.1,
-                bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
-                "[{elapsed} elapsed, {remaining} left{postfix}]",
-            )
-            if sys.stderr.isatty() and not quiet
-            else None
+        bar = progress_bar(
+            total=total_steps,
+            initial=step,
+            shown=not quiet,
+            unit="step",
+            smoothing=0.1,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {remaining} left{postfix}",
         )
+        self._bar = None if bar.disable else bar
 
     def restart_clock(self) -> None:
         """Leaves what came before, such as compilation, out of the remaining time."""
@@ -57,10 +52,10 @@ class Progress:
         if self._quiet:
             return
         step, speed = row["step"], row["images_per_second"]
-        floor = f"(at least {row['train_loss_floor']:.4f}) " if "train_loss_floor" in row else ""
+        floor = f"(at least {row['train_loss_floor']:.3f}) " if "train_loss_floor" in row else ""
         text = (
-            f"epoch {row['epoch']:.1f} loss {row['train_loss']:.4f} {floor}"
-            f"acc {100 * row['train_accuracy']:.1f}% lr {row['learning_rate']:.3g} "
+            f"epoch {row['epoch']:.1f} loss {row['train_loss']:.3f} {floor}"
+            f"acc {100 * row['train_accuracy']:.1f}% "
             + (f"{speed:.0f} images/s" if speed is not None else "")
         ).rstrip()
         if self._bar is not None:
@@ -72,7 +67,7 @@ class Progress:
         self._last_line = now
         done = max(1, step - self._first_step)
         left = (now - self._start) / done * (self._total - step)
-        print(f"step {step}/{self._total} {text}, {_clock(left)} left", flush=True)
+        print(f"{step}/{self._total} {text}, {_clock(left)} left", flush=True)
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the bar."""

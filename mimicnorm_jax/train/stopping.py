@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -19,6 +20,8 @@ class Stopped(Exception):  # noqa: N818 (nothing went wrong)
 class StopRequest:
     """Listens for SIGTERM, SIGINT and the preemption of any process while in a ``with`` block.
 
+    In another thread than the main one it hears no signals.
+
     A second signal acts as it would have without this.
 
     In a run of several processes, JAX's preemption service hears SIGTERM, tells the other
@@ -33,6 +36,8 @@ class StopRequest:
         self._calls = 0
 
     def __enter__(self) -> StopRequest:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # only there Python lets signals be handled
         # SIGTERM's handler in a run of several processes is JAX's, in C++
         for number in (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,):
             self._before[number] = signal.signal(number, self._handle)

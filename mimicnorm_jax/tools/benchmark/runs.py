@@ -13,9 +13,9 @@ import time
 from collections.abc import Sequence
 
 import jax
-from tqdm import tqdm
 
 from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.progress_bar import progress_bar
 from mimicnorm_jax.train.checkpoint import Checkpoints
 from mimicnorm_jax.train.setup import Experiment
 from mimicnorm_jax.train.state import TrainState, host_copy
@@ -115,7 +115,7 @@ def checkpoint_cost(
     try:
         segments.train(save=True)
         plain, extra, blocked = [], [], []
-        for pair in tqdm(range(pairs), "pairs", disable=not sys.stderr.isatty()):
+        for pair in progress_bar(range(pairs), "pairs"):
             order = (False, True) if pair % 2 else (True, False)
             times = {save: segments.train(save=save) for save in order}
             plain.append(times[False][0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
+from mimicnorm_jax.progress_bar import progress_bar
 from mimicnorm_jax.tools.memory.allocator import random_batch
 from mimicnorm_jax.tools.memory.chips import chip_of
 from mimicnorm_jax.tools.memory.compiled import is_counted, program_of, unoptimized_flops
@@ -106,7 +105,7 @@ def interleave(
     """
     steps = [max(1, round(seconds / clock(one, 1))) for one in timed]
     found: list[list[float]] = [[] for _ in timed]
-    for turn in tqdm(range(rounds), "rounds", disable=not sys.stderr.isatty()):
+    for turn in progress_bar(range(rounds), "rounds"):
         order = range(len(timed)) if turn % 2 == 0 else reversed(range(len(timed)))
         for index in order:
             found[index].append(clock(timed[index], steps[index]) / steps[index])

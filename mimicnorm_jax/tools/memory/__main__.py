@@ -12,15 +12,14 @@ import dataclasses
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 
 from absl import flags
 from jax.sharding import Mesh
-from tqdm import tqdm
 
 from mimicnorm_jax import command_line
 from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.progress_bar import progress_bar
 from mimicnorm_jax.tools.memory.allocator import allocator_peak
 from mimicnorm_jax.tools.memory.batch import largest_batch, parse_bytes
 from mimicnorm_jax.tools.memory.compiled import Row, analyse
@@ -95,7 +94,7 @@ def _run() -> None:
     print(f"batch {config.batch_size}; compiling {len(variants)} steps …", flush=True)
     print(HEADER, flush=True)
     rows: list[Row] = []
-    for variant in tqdm(variants, "compiling", disable=not sys.stderr.isatty()):
+    for variant in progress_bar(variants, "compiling"):
         row = analyse(variant, _TARGET.value, mesh, NUM_CLASSES.value)
         rows.append(row)
         baseline = next((r for r in rows if r.method == "batchnorm"), None)

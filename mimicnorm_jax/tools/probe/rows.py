@@ -6,15 +6,14 @@ import dataclasses
 import json
 import math
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from mimicnorm_jax.config import method_of
+from mimicnorm_jax.progress_bar import progress_bar
 from mimicnorm_jax.theory import Layer, Probe
 from mimicnorm_jax.tools.inspected import restore, training_images
 from mimicnorm_jax.tools.variants import check_options, with_method
@@ -86,7 +85,7 @@ def probe(
     known, inputs, labels = training_images(config, images)
     arguments = network_arguments(config, known)
     rows = {}
-    progress = tqdm(total=len(methods) * draws, desc="probing", disable=not sys.stderr.isatty())
+    progress = progress_bar(None, "probing", len(methods) * draws)
     for name in methods:
         progress.set_postfix_str(name)
         watched = Probe(method=method_of(with_method(config, name)), seed=config.seed, **arguments)

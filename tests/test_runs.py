@@ -1,0 +1,170 @@
+"""``fit``, ``evaluate`` and ``main([...])``: runs from Python, more than once in a process."""
+
+import json
+import subprocess
+import sys
+import threading
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import mimicnorm_jax
+from mimicnorm_jax.config import default_config
+from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.main import main
+
+TINY = {"network": "mlp", "max_steps": 3, "data.image_size": 8, "batch_size": 32}
+
+of_ml_collections = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+def arguments(workdir, **more):
+    fields = TINY | {name.replace("__", "."): value for name, value in more.items()}
+    given = [f"--config.{name}={value}" for name, value in fields.items()]
+    return ["--config", "digits_resnet20", f"--workdir={workdir}", *given]
+
+
+def test_a_run_may_be_made_again_and_in_a_thread_and_is_the_same(tmp_path):
+    options = {name: getattr(jax.config, name) for name in mimicnorm_jax.runs._JAX_OPTIONS}
+    first = mimicnorm_jax.fit("digits_resnet20", tmp_path / "first", overrides=TINY)
+    exact = TINY | {"precision": "float64", "compilation_cache": str(tmp_path / "cache")}
+    assert mimicnorm_jax.fit("digits_resnet20", tmp_path / "exact", overrides=exact)
+    # what the second one set for itself is not left behind
+    assert options == {name: getattr(jax.config, name) for name in options}
+    found = {}
+
+    def work():
+        found.update(mimicnorm_jax.fit("digits_resnet20", tmp_path / "third", overrides=TINY))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found["state_sha256"] == first["state_sha256"]
+    assert json.loads((tmp_path / "first" / "summary.json").read_text()) == first
+
+
+def test_what_was_trained_is_evaluated_and_goes_on(tmp_path):
+    config = mimicnorm_jax.read_config("digits_resnet20", TINY)
+    summary = mimicnorm_jax.fit(config, str(tmp_path / "run"))
+    found = mimicnorm_jax.evaluate(tmp_path / "run", "latest")
+    assert found["step"] == 3 and found["test_accuracy"] == summary["final_test_accuracy"]
+    assert np.sum(found["confusion"]) == found["test_examples"] == 360
+    assert len(found["classes"]) == 10
+    again = mimicnorm_jax.fit(config, tmp_path / "run", overrides={"max_steps": 5})
+    assert (again["steps"], again["resumed_from_step"]) == (5, 3)
+    assert config.max_steps == 3  # a copy was changed
+    with pytest.raises(UserError, match="unknown which 'last'"):
+        mimicnorm_jax.evaluate(tmp_path / "run", "last")
+    with pytest.raises(UserError, match="unknown labels 'number'"):
+        mimicnorm_jax.evaluate(tmp_path / "run", labels="number")
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        mimicnorm_jax.evaluate(tmp_path / "nowhere")
+
+
+def test_without_a_workdir_it_is_that_of_the_program(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    mimicnorm_jax.fit("digits_resnet20", overrides=TINY)
+    mimicnorm_jax.fit(mimicnorm_jax.read_config("digits_resnet20", TINY))
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == ["digits_resnet20-mimicnorm-s0", "mlp-mimicnorm-s0"]
+
+
+def test_a_config_file_is_read_with_its_argument(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from mimicnorm_jax.config import default_config\n"
+        "def get_config(epochs='2'):\n"
+        "    config = default_config()\n"
+        "    config.epochs = float(epochs)\n"
+        "    return config\n"
+    )
+    assert mimicnorm_jax.read_config(path).epochs == 2.0
+    made = mimicnorm_jax.read_config(f"{path}:7", {"data.dir": tmp_path, "data.mean": [0.5]})
+    assert (made.epochs, made.data.dir, made.data.mean) == (7.0, str(tmp_path), (0.5,))
+    own = default_config()
+    assert mimicnorm_jax.read_config(own) is not own
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "message"),
+    [
+        ("1 / 0", {}, r"mine\.py failed: ZeroDivisionError: division by zero"),
+        ("def get_config(): return 3", {}, "returns a int, no ConfigDict"),
+        ("x = 1", {}, r"mine\.py failed: AttributeError"),
+        (None, {"epoch": 3}, r"unknown field 'epoch' \(did you mean 'epochs'\?\)"),
+        (None, {"epochs": "three"}, "epochs = 'three': "),
+        (None, {"method": "batchnrom"}, "unknown config.method 'batchnrom'"),
+    ],
+)
+def test_a_wrong_input_is_named_and_nothing_is_written(content, overrides, message, tmp_path):
+    config = "digits_resnet20"
+    if content is not None:
+        config = tmp_path / "mine.py"
+        config.write_text(content)
+    with pytest.raises(UserError, match=message):
+        mimicnorm_jax.fit(config, tmp_path / "run", overrides=overrides)
+    assert not (tmp_path / "run").exists()
+
+
+@of_ml_collections
+def test_the_program_is_called_with_arguments_and_does_not_exit(tmp_path, capsys):
+    before = list(sys.argv)
+    assert main(arguments(tmp_path / "a", seed=1)) == 0
+    assert main(arguments(tmp_path / "b")) == 0  # without the seed of the first
+    seeds = [json.loads((tmp_path / name / "config.json").read_text())["seed"] for name in "ab"]
+    assert seeds == [1, 0]
+    capsys.readouterr()
+    assert main(["--mode=eval", f"--workdir={tmp_path / 'a'}"]) == 0
+    assert json.loads(capsys.readouterr().out.partition("\n")[2])["latest"]["step"] == 3
+    for wrong, message in [
+        (["--config", "digit_resnet20"], "error: unknown config 'digit_resnet20'"),
+        (["--labels=numbers", *arguments(tmp_path / "c")], "error: --labels goes with --mode=eval"),
+        ([], "error: --config is missing"),
+    ]:
+        assert main(wrong) == 2
+        assert capsys.readouterr().err.startswith(message)
+    assert sys.argv == before and not (tmp_path / "c").exists()
+
+
+@of_ml_collections
+def test_a_flagfile_may_say_which_configuration(tmp_path):
+    file = tmp_path / "flags"
+    _, name, *rest = arguments(tmp_path / "run")
+    file.write_text("\n".join([f"--config={name}", *rest]))
+    assert main([f"--flagfile={file}", "--config.seed=4"]) == 0
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 4
+    assert main([f"--flagfile={tmp_path / 'none'}"]) == 2
+
+
+SCRIPT = """
+import mimicnorm_jax
+{guard}
+    mimicnorm_jax.fit("digits_resnet20", {workdir!r}, overrides={overrides!r})
+"""
+
+
+@pytest.mark.parametrize(
+    ("guard", "works"), [('if __name__ == "__main__":', True), ("for _ in range(1):", False)]
+)
+def test_worker_processes_need_a_main_guard_and_say_so(guard, works, tmp_path):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for shade in range(4):
+                pixels = np.full((8, 8, 3), 40 * shade + (name == "b"), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{shade}.png")
+    overrides = TINY | {"data.name": "folder", "data.dir": str(tmp_path), "data.cache_gib": 0.0}
+    overrides |= {"data.processes": 1, "batch_size": 4, "max_steps": 2, "num_devices": 1}
+    script = tmp_path / "script.py"
+    workdir = str(tmp_path / "run")
+    script.write_text(SCRIPT.format(guard=guard, workdir=workdir, overrides=overrides))
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    if works:
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "run" / "summary.json").exists()
+    else:
+        last = done.stderr.splitlines()[-1]
+        assert f"config.data.processes = 1: worker processes run {script} again" in last
+        assert not (tmp_path / "run").exists()
