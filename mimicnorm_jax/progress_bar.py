@@ -24,7 +24,7 @@ class _NotebookBar(tqdm):
 
     def __init__(self, *args: Any, **options: Any):
         self._shown: Any = None
-        options |= {"file": io.StringIO(), "dynamic_ncols": False, "ncols": _COLUMNS}
+        options |= {"file": io.StringIO(), "ncols": _COLUMNS, "ascii": False}
         super().__init__(*args, mininterval=_SECONDS, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:

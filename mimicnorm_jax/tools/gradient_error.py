@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -110,9 +111,9 @@ def _run() -> None:
     write_json(json.dumps(report, indent=1) + "\n")
 
 
-def main() -> None:
-    """Runs the program."""
-    command_line.run_program(_run)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; arguments and result as those of ``mimicnorm_jax.main.main``."""
+    return command_line.run_program(_run, argv=argv)
 
 
 if __name__ == "__main__":

@@ -89,9 +89,9 @@ def _run() -> None:
         print(f"picture: {PLOT.value}")
 
 
-def main() -> None:
-    """Runs the program."""
-    command_line.run_program({"": _run}, without_config={""})
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; arguments and result as those of ``mimicnorm_jax.main.main``."""
+    return command_line.run_program({"": _run}, without_config={""}, argv=argv)
 
 
 if __name__ == "__main__":

@@ -183,9 +183,11 @@ def _run(run: str = "", *arguments: str) -> None:
         sys.exit(1)
 
 
-def main() -> None:
-    """Runs the program."""
-    command_line.run_program({"": _run}, without_config={""}, takes_arguments=True)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; arguments and result as those of ``mimicnorm_jax.main.main``."""
+    return command_line.run_program(
+        {"": _run}, without_config={""}, takes_arguments=True, argv=argv
+    )
 
 
 if __name__ == "__main__":

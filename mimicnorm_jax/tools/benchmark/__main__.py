@@ -182,11 +182,11 @@ def _checkpoint_cost() -> None:
     write_json(json.dumps(report | dataclasses.asdict(cost), indent=2) + "\n")
 
 
-def main() -> None:
-    """Runs the program."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; arguments and result as those of ``mimicnorm_jax.main.main``."""
     programs = {"input": _input, "step": _step}
     programs |= {"startup": _startup, "checkpoint": _checkpoint_cost}
-    command_line.run_program(programs)
+    return command_line.run_program(programs, argv=argv)
 
 
 if __name__ == "__main__":

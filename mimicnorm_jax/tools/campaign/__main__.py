@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import pathlib
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -243,9 +244,9 @@ def _agreement() -> None:
         raise RunError(f"a step on {device} is not that of a CPU: {', '.join(bad)}")
 
 
-def main() -> None:
-    """Runs the program."""
-    command_line.run_program({"train": _train, "agreement": _agreement})
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; arguments and result as those of ``mimicnorm_jax.main.main``."""
+    return command_line.run_program({"train": _train, "agreement": _agreement}, argv=argv)
 
 
 if __name__ == "__main__":

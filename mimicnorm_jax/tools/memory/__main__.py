@@ -141,10 +141,10 @@ def _table(name: str) -> Callable[[], None]:
     return run
 
 
-def main() -> None:
-    """Runs the program."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; arguments and result as those of ``mimicnorm_jax.main.main``."""
     tables = {name: _table(name) for name in TABLES}
-    command_line.run_program({"": _run} | tables, without_config=TABLES)
+    return command_line.run_program({"": _run} | tables, without_config=TABLES, argv=argv)
 
 
 if __name__ == "__main__":

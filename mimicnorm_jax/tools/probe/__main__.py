@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pathlib
 import shutil
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -61,9 +62,9 @@ def _run() -> None:
         print(f"picture: {picture}")
 
 
-def main() -> None:
-    """Runs the program."""
-    command_line.run_program(_run)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; arguments and result as those of ``mimicnorm_jax.main.main``."""
+    return command_line.run_program(_run, argv=argv)
 
 
 if __name__ == "__main__":
