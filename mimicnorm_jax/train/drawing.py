@@ -79,5 +79,5 @@ def draw_reliability(axes: Axes, details: Mapping[str, Any]) -> None:
         color = line.get_color()
         axes.scatter(confidence[filled], accuracy[filled], s=sizes, color=color, alpha=0.3)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", title="reliability")
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
     axes.grid(alpha=0.3)

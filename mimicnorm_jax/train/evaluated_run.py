@@ -33,6 +33,7 @@ from mimicnorm_jax.train.setup import (
     pipeline_of,
     silence_false_alarms,
 )
+from mimicnorm_jax.train.state import TrainState
 from mimicnorm_jax.train.workdir import (
     check_data,
     check_workdir,
@@ -136,42 +137,57 @@ def evaluate_run(
     opened = coordination.together("set-up", lambda: _open(config, workdir, question))
     check_same_images({opened.split: opened.images})
     states = _states(opened, directory, workdir)
-    if question.exact:
-        assert opened.training is not None
-        exact = {f"{name}_recalibrated": recalibrate(opened.training, s) for name, s in states}
-        states = [*states, *exact.items()]
-    count = f"{len(opened.images)} images of {len(opened.columns)} classes"
-    if len(opened.columns) < len(opened.class_names):
-        among = "these" if question.restrict_classes else f"all {len(opened.class_names)}"
-        count += f", evaluated among {among}"
-    found = Evaluation({}, {}, opened.is_own, count)
-    for name, state in states:
-        if opened.training is not None:
-            state = averaged(opened.training, state)
-        split = pipeline_of(opened.program.config, opened.images)
-        outputs, names = _of_classes(opened, question, outputs_of(opened.program, state, split))
-        calibration = read_calibration(workdir, int(state.step))
-        temperature = None if calibration is None else calibration["temperature"]
-        numbers = scores(outputs, temperature).items()
-        found.results[name] = {"step": int(state.step), "temperature": temperature}
-        found.results[name] |= {f"{opened.split}_{key}": value for key, value in numbers}
-        found.details[name] = details(outputs, names, temperature)
+    found = Evaluation({}, {}, opened.is_own, _in_words(opened, question))
+    for suffix in ("", "_recalibrated") if question.exact else ("",):
+        for name, state in states.items():
+            best = found.results.get(f"best{suffix}")
+            if best is not None and best["step"] == int(state.step):
+                known = f"best{suffix}"  # which is the latest
+                results, more = found.results[known], found.details[known]
+            else:
+                results, more = _evaluate(opened, question, state, workdir, exact=bool(suffix))
+            found.results[name + suffix], found.details[name + suffix] = results, more
     if opened.is_own and coordination.is_first():
         write_json(workdir / "eval.json", found.results)
     return found
 
 
+def _in_words(opened: _Opened, question: Question) -> str:
+    images, classes = opened.images, opened.class_names
+    words = f"{len(images)} images of {len(opened.columns)} classes"
+    if len(opened.columns) == len(classes):
+        return words
+    among = "these" if question.restrict_classes else f"all {len(classes)}"
+    return f"{words}, evaluated among {among}"
+
+
+def _evaluate(
+    opened: _Opened, question: Question, state: TrainState, workdir: pathlib.Path, *, exact: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Results and details of one state."""
+    if opened.training is not None:
+        state = (recalibrate if exact else averaged)(opened.training, state)
+    split = pipeline_of(opened.program.config, opened.images)
+    outputs, names = _of_classes(opened, question, outputs_of(opened.program, state, split))
+    calibration = read_calibration(workdir, int(state.step))
+    temperature = None if calibration is None else calibration["temperature"]
+    results = {"step": int(state.step), "temperature": temperature}
+    numbers = scores(outputs, temperature)
+    results |= {f"{opened.split}_{name}": value for name, value in numbers.items()}
+    return results, details(outputs, names, temperature)
+
+
 def _states(
     opened: _Opened, directory: pathlib.Path, workdir: pathlib.Path
-) -> list[tuple[str, Any]]:
+) -> dict[str, TrainState]:
     checkpoints, target = Checkpoints(directory), opened.program.abstract_state
     best = checkpoints.restore_best(target, accuracies(workdir))
     latest = checkpoints.restore_latest(target, set_aside=False)
-    return [
-        (name, replicate(restored.state, opened.program.mesh))
+    return {
+        name: replicate(restored.state, opened.program.mesh)
         for name, restored in (("best", best), ("latest", latest))
         if restored is not None
-    ]
+    }
 
 
 def _of_classes(

@@ -56,7 +56,7 @@ class Progress:
         text = (
             f"epoch {row['epoch']:.1f} loss {row['train_loss']:.3f} {floor}"
             f"acc {100 * row['train_accuracy']:.1f}% "
-            + (f"{speed:.0f} images/s" if speed is not None else "")
+            + (f"{speed:.0f} img/s" if speed is not None else "")
         ).rstrip()
         if self._bar is not None:
             self._bar.set_postfix_str(text)

@@ -53,7 +53,7 @@ def test_a_run_leaves_what_is_promised(finished):
     for text in (
         "branch/0/conv/kernel",
         "config.batch_size = 32",
-        "images/s",
+        "img/s",
         "test_accuracy",
         "curves:",
     ):
