@@ -118,7 +118,7 @@ def test_every_program_is_among_them():
     mains = {
         module_name(path).removesuffix(".__main__")
         for path in PACKAGE.rglob("*.py")
-        if '__name__ == "__main__"' in path.read_text()
+        if '\nif __name__ == "__main__":\n' in path.read_text()
     }
     assert mains - {"mimicnorm_jax.config"} == set(PROGRAMS)
 
