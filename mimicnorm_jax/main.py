@@ -23,6 +23,9 @@ from mimicnorm_jax.errors import UserError, refused_by_system
 from mimicnorm_jax.parallel import coordination, startup
 from mimicnorm_jax.tools.report import JSON, PLOT, check_output, write_json
 
+for _name in ("json", "plot"):  # shown by --help
+    flags.declare_key_flag(_name)
+
 _WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/<config>-<method>-s<seed>.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate a run.")
 _STOPPED_EXIT_CODE = flags.DEFINE_integer(

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -29,6 +30,9 @@ from mimicnorm_jax.train.optim import parameter_name
 from mimicnorm_jax.train.program import network_arguments
 from mimicnorm_jax.train.setup import configure_jax
 from mimicnorm_jax.train.state import split_network
+
+for _name in ("checkpoint", "images", "json"):  # shown by --help
+    flags.declare_key_flag(_name)
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:

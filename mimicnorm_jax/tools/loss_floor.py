@@ -18,6 +18,9 @@ from mimicnorm_jax.layers.loss_floor import expected_loss_floor
 from mimicnorm_jax.tools.report import PLOT, check_output
 
 _DRAWS = 1000
+for _name in ("plot",):  # shown by --help
+    flags.declare_key_flag(_name)
+
 _CLASSES = flags.DEFINE_list("classes", ["2", "10", "100", "1000"], "Numbers of classes.")
 _BATCHES = flags.DEFINE_list("batches", [str(2**n) for n in range(1, 11)], "Sizes of a batch.")
 _SMOOTHING = flags.DEFINE_float("label_smoothing", 0.0, "Label smoothing, from 0 to below 1.")

@@ -31,6 +31,9 @@ from mimicnorm_jax.train.setup import configure_jax, silence_false_alarms
 from mimicnorm_jax.train.workdir import saved_config
 from mimicnorm_jax.trained import TrainedNetwork, Which, load
 
+for _name in ("json", "plot"):  # shown by --help
+    flags.declare_key_flag(_name)
+
 _WHICH = flags.DEFINE_enum("which", "best", get_args(Which), "Which checkpoint.")
 _TOP = flags.DEFINE_integer("top", 5, "Classes shown of each image.", 1)
 _CSV = flags.DEFINE_string("csv", None, "Where the answers go as a table; unset for nowhere.")

@@ -41,6 +41,9 @@ from mimicnorm_jax.tools.report import (
 from mimicnorm_jax.tools.variants import Variant, parse_variants
 from mimicnorm_jax.train.setup import configure_jax, set_up, silence_false_alarms
 
+for _name in ("batch", "methods", "json", "num-classes", "plot"):  # shown by --help
+    flags.declare_key_flag(_name)
+
 _SECONDS = flags.DEFINE_float("seconds", 3.0, "How long each stage, or a turn, is timed.", 0.01)
 _STEPS = flags.DEFINE_integer("steps", 20, "Training steps to time; 0 leaves them out (input).", 0)
 

@@ -38,6 +38,9 @@ from mimicnorm_jax.tools.report import (
 from mimicnorm_jax.tools.variants import Variant, fitting_methods, parse_variants
 from mimicnorm_jax.train.setup import configure_jax, silence_false_alarms
 
+for _name in ("batch", "methods", "json", "num-classes", "plot"):  # shown by --help
+    flags.declare_key_flag(_name)
+
 _TARGET = flags.DEFINE_string("target", "cpu", "cpu, gpu, tpu; not here: tpu:v5e:2x2, gpu:h100.")
 _MAX_BATCH = flags.DEFINE_bool("max-batch", False, "Find the largest batch that fits --hbm.")
 _HBM = flags.DEFINE_string("hbm", None, "Memory of a device, such as 16GiB.")

@@ -31,6 +31,9 @@ from mimicnorm_jax.tools.report import (
     write_json,
 )
 
+for _name in ("checkpoint", "methods", "images", "json", "plot"):  # shown by --help
+    flags.declare_key_flag(_name)
+
 _DRAWS = flags.DEFINE_integer(
     "draws", 1, "Initializations to average over; the gradient is of the first.", 1
 )
