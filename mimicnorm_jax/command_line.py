@@ -9,11 +9,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NoReturn
 
 from absl import app, flags, logging
+from absl.testing import flagsaver
 from ml_collections import ConfigDict, config_flags
 
 from mimicnorm_jax.config import FIELDS
 from mimicnorm_jax.config.packaged import find_config, shown
 from mimicnorm_jax.errors import RunError, UserError, first_line, unknown
+from mimicnorm_jax.guest import process_left_as_it_was
 from mimicnorm_jax.parallel import coordination
 from mimicnorm_jax.parallel.coordination import Failure
 
@@ -169,20 +171,24 @@ def run_program(
 
 def _called(program: Callable[[], None], argv: Sequence[str]) -> int:
     """Runs a program in the process of another, whose flags and arguments come back."""
+    values, were_parsed = flagsaver.save_flag_values(), flags.FLAGS.is_parsed()
     _forget_flags()
     before, sys.argv = sys.argv, [sys.argv[0], *argv]  # where config_flags looks for overrides
     app.define_help_flags()
     try:
-        program()
+        with process_left_as_it_was():
+            program()
     except UserError as error:
         return _say(Failure(2, str(error)))
     except RunError as error:
         return _say(Failure(1, str(error)))
     except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
         sys.argv = before
-        _forget_flags()
+        flagsaver.restore_flag_values(values)
+        if were_parsed:
+            flags.FLAGS.mark_as_parsed()
     return 0
 
 

@@ -81,7 +81,10 @@ def _run() -> None:
     if not coordination.is_first():
         return
     if not found.is_own:
-        print(f"NOTE: these images are not those of {folder}; {found.images}", file=sys.stderr)
+        print(
+            f"NOTE: {found.images}, not as {folder} evaluates its own; eval.json stays as it was",
+            file=sys.stderr,
+        )
     print(json.dumps(found.results, indent=2))
     both = {name: found.results[name] | found.details[name] for name in found.results}
     write_json(json.dumps(both, indent=1) + "\n")

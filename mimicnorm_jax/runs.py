@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import importlib.util
 import inspect
 import os
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from mimicnorm_jax.errors import UserError, first_line, unknown
+from mimicnorm_jax.guest import process_left_as_it_was
 
 if TYPE_CHECKING:  # slow to import
     from ml_collections import ConfigDict
-
-# What a run sets for the whole process, and has to leave as it was.
-_JAX_OPTIONS = (
-    "jax_enable_x64",
-    "jax_compilation_cache_dir",
-    "jax_persistent_cache_min_compile_time_secs",
-    "jax_logging_level",
-)
 
 
 def read_config(
@@ -39,16 +31,25 @@ def read_config(
     Raises:
       UserError: no such file, name or field; a value of another type; or whatever the file raises.
     """
-    from ml_collections import ConfigDict
+    import numpy as np
+    from ml_collections import ConfigDict, FrozenConfigDict
 
     from mimicnorm_jax.config import FIELDS
 
-    made = config.copy_and_resolve_references() if isinstance(config, ConfigDict) else _made(config)
+    if isinstance(config, FrozenConfigDict):
+        config = config.as_configdict()
+    if isinstance(config, ConfigDict):
+        made = config.copy_and_resolve_references()
+    elif isinstance(config, str | os.PathLike):
+        made = _made(config)
+    else:
+        raise UserError(f"a configuration is a {type(config).__name__}; allowed: a name or a path")
     for name, value in (overrides or {}).items():
         if name not in FIELDS:
             raise unknown("field", name, FIELDS)
         value = tuple(value) if isinstance(value, list) else value
         value = str(value) if isinstance(value, os.PathLike) else value
+        value = value.item() if isinstance(value, np.generic) else value
         try:
             made.update_from_flattened_dict({name: value})
         except (TypeError, ValueError) as error:
@@ -66,13 +67,16 @@ def _made(given: str | os.PathLike[str]) -> ConfigDict:
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for the types of their fields
     try:
         spec.loader.exec_module(module)
         made = module.get_config(*([argument] if argument else []))
     except UserError:
         raise
-    except Exception as error:  # a config file is a program: it can fail in any way
+    except (Exception, SystemExit) as error:  # a config file is a program: it fails in any way
         raise UserError(f"{path} failed: {type(error).__name__}: {first_line(error)}") from error
+    finally:
+        del sys.modules[spec.name]
     if not isinstance(made, ConfigDict):
         raise UserError(f"get_config() of {path} returns a {type(made).__name__}, no ConfigDict")
     return made
@@ -109,7 +113,7 @@ def fit(
     validate(fields)
     if fields.data.processes:
         _check_main_guard(f"config.data.processes = {fields.data.processes}")
-    with _process_as_it_was():
+    with process_left_as_it_was():
         from mimicnorm_jax.train import loop, setup
         from mimicnorm_jax.train.workdir import default_workdir
 
@@ -151,7 +155,7 @@ def evaluate(
     ):
         if value not in allowed:
             raise unknown(name, value, allowed)
-    with _process_as_it_was():
+    with process_left_as_it_was():
         from mimicnorm_jax.train.evaluated_run import Question, evaluate_run
         from mimicnorm_jax.train.workdir import saved_config
 
@@ -160,24 +164,6 @@ def evaluate(
         question = Question(labels=labels, restrict_classes=restrict_classes)
         found = evaluate_run(config, folder, question)
     return found.results[which] | found.details[which]
-
-
-@contextlib.contextmanager
-def _process_as_it_was() -> Iterator[None]:
-    """Takes back what a run sets for a process that is its own."""
-    import jax
-    from absl import logging
-
-    before = {name: getattr(jax.config, name) for name in _JAX_OPTIONS}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.FATAL)  # Orbax tells of every file it writes
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        for name, value in before.items():
-            if getattr(jax.config, name) != value:
-                jax.config.update(name, value)
 
 
 def _check_main_guard(why: str) -> None:

@@ -1,6 +1,7 @@
 """``fit``, ``evaluate`` and ``main([...])``: runs from Python, more than once in a process."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -8,12 +9,16 @@ import threading
 import jax
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import FrozenConfigDict
 from PIL import Image
 
 import mimicnorm_jax
 from mimicnorm_jax.config import default_config
 from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.guest import JAX_OPTIONS, guests, process_left_as_it_was
 from mimicnorm_jax.main import main
+from mimicnorm_jax.train.setup import configure_jax
 
 TINY = {"network": "mlp", "max_steps": 3, "data.image_size": 8, "batch_size": 32}
 
@@ -27,7 +32,7 @@ def arguments(workdir, **more):
 
 
 def test_a_run_may_be_made_again_and_in_a_thread_and_is_the_same(tmp_path):
-    options = {name: getattr(jax.config, name) for name in mimicnorm_jax.runs._JAX_OPTIONS}
+    options = {name: getattr(jax.config, name) for name in JAX_OPTIONS}
     first = mimicnorm_jax.fit("digits_resnet20", tmp_path / "first", overrides=TINY)
     exact = TINY | {"precision": "float64", "compilation_cache": str(tmp_path / "cache")}
     assert mimicnorm_jax.fit("digits_resnet20", tmp_path / "exact", overrides=exact)
@@ -83,6 +88,17 @@ def test_a_config_file_is_read_with_its_argument(tmp_path):
     assert mimicnorm_jax.read_config(path).epochs == 2.0
     made = mimicnorm_jax.read_config(f"{path}:7", {"data.dir": tmp_path, "data.mean": [0.5]})
     assert (made.epochs, made.data.dir, made.data.mean) == (7.0, str(tmp_path), (0.5,))
+    path.write_text(
+        "from __future__ import annotations\n"
+        "import dataclasses\n"
+        "from mimicnorm_jax.config import default_config as get_config\n"
+        "@dataclasses.dataclass\n"
+        "class Mine:\n"
+        "    rate: float\n"
+    )
+    assert mimicnorm_jax.read_config(path, {"learning_rate": np.float64(0.2)}).learning_rate == 0.2
+    frozen = mimicnorm_jax.read_config(FrozenConfigDict(default_config()), {"epochs": 3})
+    assert frozen.epochs == 3
     own = default_config()
     assert mimicnorm_jax.read_config(own) is not own
 
@@ -93,6 +109,7 @@ def test_a_config_file_is_read_with_its_argument(tmp_path):
         ("1 / 0", {}, r"mine\.py failed: ZeroDivisionError: division by zero"),
         ("def get_config(): return 3", {}, "returns a int, no ConfigDict"),
         ("x = 1", {}, r"mine\.py failed: AttributeError"),
+        ("import sys; sys.exit('no')", {}, r"mine\.py failed: SystemExit: no"),
         (None, {"epoch": 3}, r"unknown field 'epoch' \(did you mean 'epochs'\?\)"),
         (None, {"epochs": "three"}, "epochs = 'three': "),
         (None, {"method": "batchnrom"}, "unknown config.method 'batchnrom'"),
@@ -105,6 +122,8 @@ def test_a_wrong_input_is_named_and_nothing_is_written(content, overrides, messa
         config.write_text(content)
     with pytest.raises(UserError, match=message):
         mimicnorm_jax.fit(config, tmp_path / "run", overrides=overrides)
+    with pytest.raises(UserError, match="a configuration is a NoneType"):
+        mimicnorm_jax.fit(None, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -136,6 +155,57 @@ def test_a_flagfile_may_say_which_configuration(tmp_path):
     assert main([f"--flagfile={file}", "--config.seed=4"]) == 0
     assert json.loads((tmp_path / "run" / "config.json").read_text())["seed"] == 4
     assert main([f"--flagfile={tmp_path / 'none'}"]) == 2
+
+
+@of_ml_collections
+def test_the_program_leaves_the_flags_and_types_of_its_caller(tmp_path):
+    name = "flag_of_a_caller"
+    flags.DEFINE_string(name, "unset", "A flag of the program that calls.")
+    flags.FLAGS[name].parse("set")
+    flags.FLAGS.mark_as_parsed()
+    before = {option: getattr(jax.config, option) for option in JAX_OPTIONS}
+    assert main(arguments(tmp_path / "run", precision="float64")) == 0
+    assert getattr(flags.FLAGS, name) == "set" and flags.FLAGS.is_parsed()
+    assert not [known for known in flags.FLAGS if known.startswith("config.")]
+    assert before == {option: getattr(jax.config, option) for option in JAX_OPTIONS}
+    delattr(flags.FLAGS, name)
+
+
+def test_runs_at_the_same_time_leave_the_process_as_the_first_found_it(tiny_config):
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with process_left_as_it_was():
+            entered.set()
+            leave.wait(60)
+
+    with process_left_as_it_was():
+        configure_jax(tiny_config(precision="float64"))
+        thread = threading.Thread(target=other)
+        thread.start()
+        assert entered.wait(60) and guests() == 2
+        with pytest.raises(
+            UserError, match="another run of this process computes with other types"
+        ):
+            configure_jax(tiny_config(precision="float32"))
+    assert jax.config.jax_enable_x64  # the other one is not done
+    leave.set()
+    thread.join()
+    assert not jax.config.jax_enable_x64 and guests() == 0
+
+
+def test_deterministic_kernels_cannot_be_chosen_too_late(tiny_config, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: False)
+    configure_jax(tiny_config(deterministic=True))
+    assert os.environ["XLA_FLAGS"] == "--xla_gpu_deterministic_ops=true"
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setattr("jax._src.xla_bridge.backends_are_initialized", lambda: True)
+    configure_jax(tiny_config(deterministic=True))  # a CPU, which is deterministic
+    assert "XLA_FLAGS" not in os.environ
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(UserError, match=r"config\.deterministic is too late"):
+        configure_jax(tiny_config(deterministic=True))
 
 
 SCRIPT = """

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from mimicnorm_jax.config import FREE_FIELDS, TEST_FIELDS, flatten, validate
 from mimicnorm_jax.data.sources import Source
-from mimicnorm_jax.data.splits import Splits, open_test_split, splits_of
+from mimicnorm_jax.data.splits import Splits, open_test_split, splits_of, view_of
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.parallel import coordination, make_mesh, replicate
 from mimicnorm_jax.train.calibrated import read_calibration
@@ -38,6 +38,7 @@ from mimicnorm_jax.train.workdir import (
     check_data,
     check_workdir,
     data_identity,
+    read_json,
     saved_config,
     write_json,
 )
@@ -62,6 +63,11 @@ class Question:
     labels: Labels = "names"
     restrict_classes: bool = False
 
+    @property
+    def is_usual(self) -> bool:
+        """Whether it is what a run asks of its own images."""
+        return self.labels == "names" and not self.restrict_classes
+
 
 class Evaluation(NamedTuple):
     """What was found, by checkpoint: ``best``, ``latest``, ``best_recalibrated`` and so on.
@@ -69,7 +75,7 @@ class Evaluation(NamedTuple):
     Attributes:
       results: the numbers, see ``evaluate_run``.
       details: see ``scores.details``.
-      is_own: whether the images are those that the run was made with.
+      is_own: whether the images are the run's own, as it evaluates them itself.
       images: how many there are, in words.
     """
 
@@ -154,8 +160,9 @@ def evaluate_run(
 
 def _in_words(opened: _Opened, question: Question) -> str:
     images, classes = opened.images, opened.class_names
-    words = f"{len(images)} images of {len(opened.columns)} classes"
-    if len(opened.columns) == len(classes):
+    count = len(set(opened.columns))
+    words = f"{len(images)} images of {count} classes"
+    if count == len(classes):
         return words
     among = "these" if question.restrict_classes else f"all {len(classes)}"
     return f"{words}, evaluated among {among}"
@@ -198,7 +205,7 @@ def _of_classes(
     outputs = dataclasses.replace(outputs, labels=columns[outputs.labels])
     if not question.restrict_classes:
         return outputs, opened.class_names
-    chosen = sorted(opened.columns)
+    chosen = sorted(set(opened.columns))
     return outputs.restricted(chosen), [opened.class_names[column] for column in chosen]
 
 
@@ -235,7 +242,7 @@ def _open(config: ConfigDict, workdir: pathlib.Path, question: Question) -> _Ope
         images=images,
         columns=columns_of(images.class_names, description.class_names, question.labels),
         class_names=description.class_names,
-        is_own=_is_own({split: images}, workdir, config, of_run),
+        is_own=question.is_usual and _is_own({split: images}, workdir, config, of_run),
     )
 
 
@@ -262,7 +269,8 @@ def _training_images(config: ConfigDict, of_run: ConfigDict, workdir: pathlib.Pa
     try:
         return opened(config)
     except UserError:
-        if flatten(config.data) == flatten(of_run.data):
+        # without a test split they are what is evaluated, and so what was asked for
+        if not config.data.test_split or flatten(config.data) == flatten(of_run.data):
             raise
     return opened(of_run)
 
@@ -270,19 +278,23 @@ def _training_images(config: ConfigDict, of_run: ConfigDict, workdir: pathlib.Pa
 def _is_own(
     images: dict[str, Source | None], workdir: pathlib.Path, config: ConfigDict, of_run: ConfigDict
 ) -> bool:
-    """Whether images are those that the run was made with.
+    """Whether images are those that the run was made with, brought to size as there.
 
     Raises:
       UserError: they are others, and nobody asked for others.
     """
-    now, before = flatten(config), flatten(of_run)
-    try:
-        check_data(workdir, data_identity(images))
-    except UserError:
-        if all(now[name] == before[name] for name in TEST_FIELDS):
-            raise
-        return False
-    return True
+    path, now = workdir / "data.json", data_identity(images)
+    before = read_json(path) if path.exists() else now
+    # a source that is opened alone may not know of classes that none of its images has
+    compared = ("examples", "sha256")
+    same = all(
+        before.get(split, {}).get(key) == identity[key]
+        for split, identity in now.items()
+        for key in compared
+    )
+    if not same and all(flatten(config)[name] == flatten(of_run)[name] for name in TEST_FIELDS):
+        check_data(workdir, now)
+    return same and view_of(config.data) == view_of(of_run.data)
 
 
 def columns_of(

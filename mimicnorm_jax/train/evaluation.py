@@ -91,7 +91,8 @@ def outputs_of(
 
     Args:
       program: whose network.
-      state: on its devices; where the run averages its parameters, from ``averaged``.
+      state: on its devices; where the run averages its parameters and has batch statistics, from
+        ``averaged``.
       split: its images.
       on_batch: called after each batch; may raise to end the evaluation.
       description: shown beside the progress.
@@ -99,7 +100,8 @@ def outputs_of(
     logits, labels = [], []
     with contextlib.closing(_batches(program, split, description, on_batch)) as batches:
         for batch in batches:
-            found = jax.device_get(program.logits_step(state.params, state.batch_stats, batch))
+            step = program.logits_step(state.evaluated_params, state.batch_stats, batch)
+            found = jax.device_get(step)
             real = found["mask"] > 0
             logits.append(found["logits"][real])
             labels.append(found["label"][real])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax._src import xla_bridge
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -20,6 +21,7 @@ from mimicnorm_jax.data.random_crop import RandomResizedCrop
 from mimicnorm_jax.data.sources import Source, channel_statistics
 from mimicnorm_jax.data.splits import Splits, splits_of
 from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.guest import guests
 from mimicnorm_jax.parallel import coordination, make_mesh, shard_batch
 from mimicnorm_jax.train.description import Description
 from mimicnorm_jax.train.program import Images, Program, make_program
@@ -93,15 +95,35 @@ class Experiment(Program):
 
 
 def configure_jax(config: ConfigDict) -> None:
-    """Sets what must be set before the first computation."""
+    """Sets what must be set before the first computation.
+
+    Raises:
+      UserError: in a process where it is too late, or where another run needs it otherwise.
+    """
+    is_wide = config.precision == "float64"
+    if guests() > 1 and is_wide != jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+        raise UserError(
+            f"config.precision = {config.precision!r}: another run of this process computes with "
+            "other types; wait for its end"
+        )
     _keep_compiled_programs(config.compilation_cache)
-    if config.precision == "float64":
+    if is_wide:
         jax.config.update("jax_enable_x64", True)
     if config.deterministic:
-        flag = "--xla_gpu_deterministic_ops=true"
-        flags = os.environ.get("XLA_FLAGS", "")
-        if flag not in flags:
-            os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+        _choose_deterministic_kernels()
+
+
+def _choose_deterministic_kernels() -> None:
+    flag = "--xla_gpu_deterministic_ops=true"
+    flags = os.environ.get("XLA_FLAGS", "")
+    if flag in flags:
+        return
+    if not xla_bridge.backends_are_initialized():
+        os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
+    elif jax.default_backend() != "cpu":  # which is deterministic
+        raise UserError(
+            f"config.deterministic is too late: JAX computes already; start with XLA_FLAGS={flag}"
+        )
 
 
 def _keep_compiled_programs(folder: str) -> None:

@@ -245,3 +245,80 @@ def test_a_run_on_more_devices_is_evaluated_here_with_the_same_numbers(
     config.num_devices = 1024
     with pytest.raises(UserError, match=r"config\.num_devices = 1024, but there are only"):
         evaluate_run(config, tmp_path / "run")
+
+
+def test_averaged_parameters_without_statistics_are_evaluated_too(tiny_config, tmp_path):
+    config = tiny_config(
+        network="mlp", method="nonorm", learning_rate=0.01, optimizer__ema_decay=0.9, max_steps=4
+    )
+    summary = train(config, tmp_path / "run")
+    found = evaluate_run(config, tmp_path / "run").results["latest"]
+    assert found["test_loss"] == pytest.approx(summary["final_test_loss"], rel=1e-6)
+
+
+def test_other_images_of_a_run_without_a_test_split_are_not_silently_its_own(
+    tiny_config, digits, tmp_path
+):
+    images = tmp_path / "images"
+    shutil.copytree(digits / "train", images / "train")
+    config = tiny_config(
+        network="mlp",
+        max_steps=1,
+        data__name="folder",
+        data__dir=str(images),
+        data__test_split="",
+        data__holdout=0.2,
+    )
+    train(config, tmp_path / "run")
+    for other, message in (("nowhere", "is not a folder"), (str(digits), None)):
+        config.data.dir = other
+        if message is None:  # the same images elsewhere
+            assert evaluate_run(config, tmp_path / "run").is_own
+        else:
+            with pytest.raises(UserError, match=message):
+                evaluate_run(config, tmp_path / "run")
+    next((images / "train" / "ant").iterdir()).unlink()
+    config.data.dir = str(images)
+    with pytest.raises(UserError, match="on other train images"):
+        evaluate_run(config, tmp_path / "run")
+
+
+def test_the_test_images_of_a_run_need_not_have_all_its_classes(tiny_config, tmp_path):
+    """Files of MNIST's format do not name their classes."""
+    for prefix, classes in (("train", 12), ("t10k", 11)):
+        labels = np.arange(48, dtype=np.uint8) % classes
+        pixels = np.random.default_rng(0).integers(0, 256, (48, 8, 8)).astype(np.uint8)
+        for kind, array in (("images-idx3", pixels), ("labels-idx1", labels)):
+            header = bytes([0, 0, 8, array.ndim])
+            header += b"".join(size.to_bytes(4, "big") for size in array.shape)
+            (tmp_path / f"{prefix}-{kind}-ubyte").write_bytes(header + array.tobytes())
+    config = tiny_config(network="mlp", max_steps=1, data__name="idx", data__dir=str(tmp_path))
+    summary = train(config, tmp_path / "run")
+    found = evaluate_run(config, tmp_path / "run")
+    assert found.is_own
+    assert found.results["latest"]["test_accuracy"] == summary["final_test_accuracy"]
+
+
+def test_two_folders_of_one_class_are_one_class(run, digits, tmp_path):
+    for name in ("001", "002", "003"):
+        shutil.copytree(digits / "numbers" / name, tmp_path / "twice" / name)
+    shutil.copytree(digits / "numbers" / "001", tmp_path / "twice" / "1")
+    question = Question(labels="numbers", restrict_classes=True)
+    found = evaluated(run, dir=tmp_path, test_split="twice", question=question)
+    assert found.images == "12 images of 3 classes, evaluated among these"
+    rows = found.details["latest"]["classes"]
+    assert [(row["class"], row["examples"]) for row in rows] == [("bee", 6), ("cow", 3), ("dog", 3)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "question"),
+    [({"resize": 12}, Question()), ({}, Question(restrict_classes=True))],
+)
+def test_what_a_run_keeps_is_of_its_own_evaluation(fields, question, run, digits):
+    config = saved_config(run[0])
+    config.data.dir = str(digits)
+    evaluate_run(config, run[0])
+    kept = (run[0] / "eval.json").read_text()
+    config.update_from_flattened_dict({f"data.{name}": value for name, value in fields.items()})
+    assert not evaluate_run(config, run[0], question).is_own
+    assert (run[0] / "eval.json").read_text() == kept

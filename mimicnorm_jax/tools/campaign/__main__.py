@@ -144,6 +144,8 @@ class Campaign:
 
     def _opened(self, data_set: str) -> Opened:
         config = self._variant(data_set, self._config.network, self._config.method)
+        if not config.data.test_split:
+            raise UserError("config.data.test_split is empty; a campaign compares test accuracies")
         splits = splits_of(config)
         resident = ResidentSplit(splits.train, self._mesh)
         return Opened(splits, images_of(config, splits.train), resident)
