@@ -72,6 +72,15 @@ def test_it_needs_no_data_and_says_what_the_evaluation_did(run):
         np.testing.assert_array_equal(probabilities.argmax(-1), logits.argmax(-1))
 
 
+def test_an_image_gets_the_same_answer_alone_and_among_64(run):
+    network = mimicnorm_jax.load(run[0])
+    images = np.random.default_rng(1).integers(0, 256, (64, *network.image_shape), np.uint8)
+    together = network.predict(images)
+    alone = np.concatenate([network.predict(image[None]) for image in images])
+    np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-7)
+    assert np.ptp(together[:, 0]) > 0.1  # they do not all get the same
+
+
 def test_a_file_becomes_what_the_evaluation_made_of_it(run, photographs):
     workdir, test, _ = run
     network = mimicnorm_jax.load(workdir)
