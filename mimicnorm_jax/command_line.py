@@ -171,10 +171,10 @@ def run_program(
 
 def _called(program: Callable[[], None], argv: Sequence[str]) -> int:
     """Runs a program in the process of another, whose flags and arguments come back."""
+    app.define_help_flags()  # once, so that they are among what is kept
     values, were_parsed = flagsaver.save_flag_values(), flags.FLAGS.is_parsed()
     _forget_flags()
     before, sys.argv = sys.argv, [sys.argv[0], *argv]  # where config_flags looks for overrides
-    app.define_help_flags()
     try:
         with process_left_as_it_was():
             program()

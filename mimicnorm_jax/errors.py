@@ -6,6 +6,8 @@ import contextlib
 import difflib
 from collections.abc import Iterable, Iterator
 
+_MOST_LISTED = 30  # names, where the nearest is said
+
 
 class UserError(ValueError):
     """A wrong input: a field, a file or an argument.
@@ -53,10 +55,13 @@ def unknown(kind: str, given: object, allowed: Iterable[str]) -> UserError:
       allowed: the names that exist.
 
     Returns:
-      A ``UserError`` that lists the allowed names and the nearest of them.
+      A ``UserError`` that says the nearest of the allowed names, and lists them unless they are
+      many.
     """
     names = list(allowed)
     near = difflib.get_close_matches(str(given), names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
+    if near and len(names) > _MOST_LISTED:
+        return UserError(f"unknown {kind} {given!r}{hint}")
     listed = ", ".join(names) if names else "none"
     return UserError(f"unknown {kind} {given!r}{hint}; allowed: {listed}")

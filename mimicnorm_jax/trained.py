@@ -26,7 +26,7 @@ Images = np.ndarray | Iterable[ImageLike]
 _MOST = 64  # images in a batch: what predictions take at a time
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class TrainedNetwork:
     """A network with what is needed to use it. ``load`` makes one.
 
@@ -52,6 +52,13 @@ class TrainedNetwork:
     temperature: float | None
     config: ConfigDict
     _description: Description
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.image_shape))
+        return (
+            f"<TrainedNetwork {self.config.network}, {self.config.method}: {len(self.classes)} "
+            f"classes, images of {shape}, step {self.step}>"
+        )
 
     def preprocess(self, image: ImageLike) -> np.ndarray:
         """Brings one image to the size that the network takes, as its evaluation did.

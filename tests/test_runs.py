@@ -64,7 +64,7 @@ def test_what_was_trained_is_evaluated_and_goes_on(tmp_path):
         mimicnorm_jax.evaluate(tmp_path / "run", "last")
     with pytest.raises(UserError, match="unknown labels 'number'"):
         mimicnorm_jax.evaluate(tmp_path / "run", labels="number")
-    with pytest.raises(UserError, match="is not the folder of a run"):
+    with pytest.raises(UserError, match="nowhere does not exist"):
         mimicnorm_jax.evaluate(tmp_path / "nowhere")
 
 
@@ -113,6 +113,7 @@ def test_a_config_file_is_read_with_its_argument(tmp_path):
         (None, {"epoch": 3}, r"unknown field 'epoch' \(did you mean 'epochs'\?\)"),
         (None, {"epochs": "three"}, "epochs = 'three': "),
         (None, {"method": "batchnrom"}, "unknown config.method 'batchnrom'"),
+        (None, {"data.dir": "photos"}, r"'digits' reads no files; .*--config\.data\.name=folder"),
     ],
 )
 def test_a_wrong_input_is_named_and_nothing_is_written(content, overrides, message, tmp_path):
@@ -145,6 +146,10 @@ def test_the_program_is_called_with_arguments_and_does_not_exit(tmp_path, capsys
         assert main(wrong) == 2
         assert capsys.readouterr().err.startswith(message)
     assert sys.argv == before and not (tmp_path / "c").exists()
+    for _ in range(2):
+        assert main(["--help"]) in (0, 1)
+        output = capsys.readouterr()
+        assert "USAGE" in output.out and "error" not in output.err
 
 
 @of_ml_collections

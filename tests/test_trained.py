@@ -307,7 +307,7 @@ def test_a_run_is_evaluated_and_resumed_without_repeating_its_fields(run_main, t
     done = run_main("--mode=eval", f"--workdir={workdir}", "--config.seed=4")
     assert done.returncode == 2 and "config.seed (3 there, 4 now)" in done.stderr
     for folder, message in [
-        (tmp_path / "none", "is not the folder of a run: it has no config.json"),
+        (tmp_path / "none", "does not exist"),
         (tmp_path, "is not the folder of a run: it has no config.json"),
     ]:
         done = run_main("--mode=eval", f"--workdir={folder}")

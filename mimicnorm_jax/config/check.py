@@ -7,7 +7,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mimicnorm_jax.config.fields import FIELDS, flatten
+from mimicnorm_jax.config.data import GENERATED
+from mimicnorm_jax.config.fields import FIELDS, default_config, flatten
 from mimicnorm_jax.errors import UserError, unknown
 from mimicnorm_jax.methods import METHODS, Method, create_method
 from mimicnorm_jax.models import network_options
@@ -67,12 +68,19 @@ def _validate_data(config: ConfigDict) -> None:
         )
     if data.name == "tfds" and not data.tfds_name:
         raise UserError("config.data.tfds_name is not set; data.name = 'tfds' needs one")
+    if data.name in GENERATED and (data.dir or data.test_split != default_config().data.test_split):
+        raise UserError(
+            f"config.data.dir = {data.dir!r}, config.data.test_split = {data.test_split!r}: data.name "
+            f"= {data.name!r} reads no files; for images in class folders: "
+            "--config.data.name=folder"
+        )
     if not data.train_split:
         raise UserError("config.data.train_split is empty; it names the training images")
     if not data.test_split and (data.name not in ("folder", "tfds") or not data.holdout):
         raise UserError(
             f"config.data.test_split is empty with data.name = {data.name!r} and data.holdout = "
-            f"{data.holdout}; allowed: for folder and tfds, with a holdout above 0"
+            f"{data.holdout}; allowed: for folder and tfds, with images held out: "
+            "--config.data.holdout=0.1"
         )
     if data.resize is not None and data.resize < data.image_size:
         raise UserError(

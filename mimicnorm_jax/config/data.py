@@ -7,6 +7,7 @@ import math
 from mimicnorm_jax.config.field import Field, at_least, each, pair, true_or_false
 
 DATA_SETS = ("digits", "folder", "idx", "synthetic", "tfds")
+GENERATED = ("digits", "synthetic")  # which read no files
 
 FIELDS: dict[str, Field] = {
     "data.name": Field("digits", "The data set: scikit-learn's handwritten digits, images in class folders, MNIST's own files, random images with random labels, or a TFDS build.", DATA_SETS),

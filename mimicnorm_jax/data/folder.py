@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -37,6 +38,7 @@ class FolderSource(EncodedSource):
         self.paths: list[pathlib.Path] = []
         class_names: list[str] = []
         labels: list[int] = []
+        empty: list[str] = []
         with refused_by_system(f"cannot read folder {directory}"):
             for folder in self._class_folders():
                 found = sorted(
@@ -47,12 +49,15 @@ class FolderSource(EncodedSource):
                 if not found:
                     if for_training:
                         raise UserError(f"class folder {folder} has no images ({_SUFFIXES})")
+                    empty.append(folder.name)
                     continue
                 labels += [len(class_names)] * len(found)
                 class_names.append(folder.name)
                 self.paths += found
         if not self.paths:
             raise UserError(f"the class folders of {directory} have no images ({_SUFFIXES})")
+        if empty:
+            print(f"NOTE: without images in {directory}: {', '.join(empty)}", file=sys.stderr)
         self.labels = np.array(labels, np.int32)
         super().__init__(class_names, view)
 
@@ -98,7 +103,8 @@ def open_folders(data: ConfigDict, parts: Sequence[str]) -> list[FolderSource]:
     root = pathlib.Path(data.dir).expanduser()
     with refused_by_system(f"config.data.dir = {data.dir!r} cannot be read"):
         if not root.is_dir():
-            raise UserError(f"config.data.dir = {data.dir!r} is not a folder")
+            where = "" if root.is_absolute() else f" below {pathlib.Path.cwd()}"
+            raise UserError(f"config.data.dir = {data.dir!r} is not a folder{where}")
     found = [
         FolderSource(root / data[f"{part}_split"], View.of(data), for_training="train" in parts)
         for part in parts

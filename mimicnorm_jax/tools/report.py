@@ -10,8 +10,12 @@ from absl import flags
 from mimicnorm_jax.errors import UserError, refused_by_system
 
 # Flags of several programs, which one process may import.
-JSON = flags.DEFINE_string("json", None, "Where the numbers go; unset for nowhere.")
-PLOT = flags.DEFINE_string("plot", None, "Where a picture goes (probe: probe.png; empty for none).")
+JSON = flags.DEFINE_string(
+    "json", None, "FILE.json for the numbers, or the answers; unset for none."
+)
+PLOT = flags.DEFINE_string(
+    "plot", None, "FILE.png for a picture (probe: probe.png if unset; empty for none)."
+)
 COMPARED = flags.DEFINE_list(
     "methods",
     None,
@@ -40,8 +44,11 @@ def check_output(name: str, path: str | None, endings: Sequence[str]) -> None:
     if path:
         if pathlib.Path(path).suffix not in endings:
             raise UserError(f"--{name}={path} does not end in {' or '.join(endings)}")
-        if not pathlib.Path(path).absolute().parent.is_dir() or pathlib.Path(path).is_dir():
-            raise UserError(f"--{name}={path} cannot be written: that is not a file in a folder")
+        folder = pathlib.Path(path).absolute().parent
+        if not folder.is_dir():
+            raise UserError(f"--{name}={path} cannot be written: {folder} is not a folder")
+        if pathlib.Path(path).is_dir():
+            raise UserError(f"--{name}={path} cannot be written: that is a folder")
 
 
 def write_json(text: str) -> None:

@@ -34,8 +34,9 @@ def plot_evaluation(details: Mapping[str, Any], title: str, path: pathlib.Path) 
 def _draw_confusion(figure: Figure, axes: Axes, details: Mapping[str, Any]) -> None:
     counts = np.asarray(details["confusion"], float)
     names = [row["class"] for row in details["classes"]]
-    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    shares[counts.sum(1) == 0] = np.nan  # nothing is drawn
+    rows = np.flatnonzero(counts.sum(1))  # of the classes that have images
+    counts = counts[rows]
+    shares = 100 * counts / counts.sum(1, keepdims=True)
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(image, ax=axes, label="% of the images of a class", shrink=0.8)
     axes.set(xlabel="predicted", ylabel="class", title="what is taken for what")
@@ -43,7 +44,7 @@ def _draw_confusion(figure: Figure, axes: Axes, details: Mapping[str, Any]) -> N
         return
     places = range(len(names))
     axes.set_xticks(places, names, rotation=90, fontsize=8)
-    axes.set_yticks(places, names, fontsize=8)
+    axes.set_yticks(range(len(rows)), [names[row] for row in rows], fontsize=8)
     if len(names) > 15:
         return
     for i, j in np.argwhere(shares >= 0.5):
@@ -79,5 +80,5 @@ def draw_reliability(axes: Axes, details: Mapping[str, Any]) -> None:
         color = line.get_color()
         axes.scatter(confidence[filled], accuracy[filled], s=sizes, color=color, alpha=0.3)
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", title="reliability")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1))
     axes.grid(alpha=0.3)

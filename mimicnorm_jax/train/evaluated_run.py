@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from mimicnorm_jax.config import FREE_FIELDS, TEST_FIELDS, flatten, validate
+from mimicnorm_jax.data.classes import Labels, columns_of
 from mimicnorm_jax.data.sources import Source
 from mimicnorm_jax.data.splits import Splits, open_test_split, splits_of, view_of
 from mimicnorm_jax.errors import UserError
@@ -43,10 +44,6 @@ from mimicnorm_jax.train.workdir import (
     write_json,
 )
 
-Labels = Literal["names", "numbers"]
-
-_MOST_LISTED = 10
-
 
 @dataclasses.dataclass(frozen=True)
 class Question:
@@ -62,11 +59,6 @@ class Question:
     exact: bool = False
     labels: Labels = "names"
     restrict_classes: bool = False
-
-    @property
-    def is_usual(self) -> bool:
-        """Whether it is what a run asks of its own images."""
-        return self.labels == "names" and not self.restrict_classes
 
 
 class Evaluation(NamedTuple):
@@ -161,7 +153,10 @@ def evaluate_run(
 def _in_words(opened: _Opened, question: Question) -> str:
     images, classes = opened.images, opened.class_names
     count = len(set(opened.columns))
-    words = f"{len(images)} images of {count} classes"
+    words = f"{len(images)} images of {count} {'class' if count == 1 else 'classes'}"
+    if question.labels == "numbers":
+        pairs = list(zip(images.class_names, opened.columns, strict=True))[:3]
+        words += f" ({', '.join(f'{name} is {classes[column]!r}' for name, column in pairs)} …)"
     if count == len(classes):
         return words
     among = "these" if question.restrict_classes else f"all {len(classes)}"
@@ -176,7 +171,8 @@ def _evaluate(
         state = (recalibrate if exact else averaged)(opened.training, state)
     split = pipeline_of(opened.program.config, opened.images)
     outputs, names = _of_classes(opened, question, outputs_of(opened.program, state, split))
-    calibration = read_calibration(workdir, int(state.step))
+    # a temperature belongs to the statistics that it was fitted with
+    calibration = None if exact else read_calibration(workdir, int(state.step))
     temperature = None if calibration is None else calibration["temperature"]
     results = {"step": int(state.step), "temperature": temperature}
     numbers = scores(outputs, temperature)
@@ -235,14 +231,22 @@ def _open(config: ConfigDict, workdir: pathlib.Path, question: Question) -> _Ope
         assert training is not None
         assert training.holdout is not None
         split, images = "holdout", training.holdout
+    columns = columns_of(images.class_names, description.class_names, question.labels)
+    has_all = len(set(columns)) == len(description.class_names)
+    is_usual = question.labels == "names" and (has_all or not question.restrict_classes)
+    if question.restrict_classes and len(set(columns)) == 1:
+        raise UserError(
+            f"the images have a single class, {images.class_names[0]!r}, which leaves nothing to "
+            "choose; leave out --restrict-classes"
+        )
     return _Opened(
         program=program,
         training=training and experiment_of(config, description.images, mesh, training),
         split=split,
         images=images,
-        columns=columns_of(images.class_names, description.class_names, question.labels),
+        columns=columns,
         class_names=description.class_names,
-        is_own=question.is_usual and _is_own({split: images}, workdir, config, of_run),
+        is_own=is_usual and _is_own({split: images}, workdir, config, of_run),
     )
 
 
@@ -295,44 +299,3 @@ def _is_own(
     if not same and all(flatten(config)[name] == flatten(of_run)[name] for name in TEST_FIELDS):
         check_data(workdir, now)
     return same and view_of(config.data) == view_of(of_run.data)
-
-
-def columns_of(
-    of_images: Sequence[str], of_network: Sequence[str], labels: Labels = "names"
-) -> list[int]:
-    """The logit of each class of some images.
-
-    Args:
-      of_images: names of their classes.
-      of_network: names of the network's classes, in the order of the logits.
-      labels: whether the images' classes are named as the network's, or by numbers of logits.
-
-    Raises:
-      UserError: classes that the network does not have; it lists them.
-    """
-    known = {name: column for column, name in enumerate(of_network)}
-    if labels == "numbers":
-        known = {str(column): column for column in range(len(of_network))}
-    strange = [name for name in of_images if _plain(name, labels) not in known]
-    if not strange:
-        return [known[_plain(name, labels)] for name in of_images]
-    listed = ", ".join(map(repr, strange[:_MOST_LISTED]))
-    more = f" and {len(strange) - _MOST_LISTED} more" if len(strange) > _MOST_LISTED else ""
-    if labels == "numbers":
-        raise UserError(
-            f"{len(strange)} of the {len(of_images)} classes of the images are no numbers of the "
-            f"network's {len(of_network)} logits (0 to {len(of_network) - 1}): {listed}{more}"
-        )
-    missing = [name for name in of_network if name not in set(of_images)]
-    raise UserError(
-        f"{len(strange)} of the {len(of_images)} classes of the images are none of the network's "
-        f"{len(of_network)}: {listed}{more}; it has no images of "
-        f"{', '.join(map(repr, missing[:_MOST_LISTED]))}"
-        f"{f' and {len(missing) - _MOST_LISTED} more' if len(missing) > _MOST_LISTED else ''}; "
-        "for folders named by the numbers of the logits: --labels=numbers"
-    )
-
-
-def _plain(name: str, labels: Labels) -> str:
-    """``"007"`` is logit 7."""
-    return str(int(name)) if labels == "numbers" and name.isascii() and name.isdecimal() else name

@@ -265,10 +265,10 @@ class _Loop:
     def _finish(self) -> Summary:
         evaluation = self._records.evaluation
         assert evaluation is not None
-        recalibrated = None
+        recalibrated: dict[str, float] = {}
         if self._experiment.network.last_bn is not None:
             exact = recalibrate(self._experiment, self._state, self._tick)
-            recalibrated = evaluate(self._experiment, exact, self._tick).get("test_accuracy")
+            recalibrated = evaluate(self._experiment, exact, self._tick)
         self._checkpoints.close()  # before the summary says that the run is finished
         calibration = self._calibrate()
         summary = summarize(
@@ -284,7 +284,8 @@ class _Loop:
                 "final_test_loss": evaluation.get("test_loss"),
                 "final_holdout_accuracy": evaluation.get("holdout_accuracy"),
                 "best_chosen_by": "holdout" if "holdout_accuracy" in evaluation else "test",
-                "final_test_accuracy_recalibrated": recalibrated,
+                "final_test_accuracy_recalibrated": recalibrated.get("test_accuracy"),
+                "final_holdout_accuracy_recalibrated": recalibrated.get("holdout_accuracy"),
                 "test_examples": evaluation.get("test_examples"),
                 "calibration": calibration,
             },

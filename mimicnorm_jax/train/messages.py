@@ -108,7 +108,7 @@ def evaluated(epoch: float, found: dict[str, float], best: float | None) -> str:
     line += f" holdout_accuracy {100 * found['holdout_accuracy']:.2f}%"
     if best is None:
         return f"{line} holdout_loss {found['holdout_loss']:.4f}"
-    return f"{line} ({100 * best:.2f}% where that on the images held out was best)"
+    return f"{line} (best by the images held out: test {100 * best:.2f}%)"
 
 
 def finished(summary: Summary, workdir: pathlib.Path) -> str:
@@ -121,7 +121,7 @@ def finished(summary: Summary, workdir: pathlib.Path) -> str:
         f"curves: {workdir / 'curves.png'}",
         f"summary: {workdir / 'summary.json'}",
     ]
-    if (exact := summary["final_test_accuracy_recalibrated"]) is not None:
+    if (exact := summary[f"final_{split}_accuracy_recalibrated"]) is not None:
         lines.insert(1, f"with exact last-BN statistics: {exact:.4f}")
     if (calibration := summary["calibration"]) is not None:
         lines.insert(1, calibrated(calibration))

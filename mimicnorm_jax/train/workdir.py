@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mimicnorm_jax.config import FIELDS, FREE_FIELDS, default_config
+from mimicnorm_jax.config import FIELDS, FREE_FIELDS, TEST_FIELDS, default_config
 from mimicnorm_jax.data.sources import Source
 from mimicnorm_jax.errors import UserError, first_line, refused_by_system, unknown
 from mimicnorm_jax.train.lock import LOCK_NAME, check_unused
@@ -52,9 +52,12 @@ def check_workdir(
         if not (workdir / "config.json").exists():
             return
     if differing := other_fields(workdir, config, free):
+        advice = "choose another --workdir or delete it"
+        if not writes:
+            advice = "an evaluation takes the run's own fields, but for those of its images: "
+            advice += ", ".join(TEST_FIELDS)
         raise UserError(
-            f"--workdir={workdir} holds the run of another configuration: "
-            f"{differing}; choose another --workdir or delete it"
+            f"--workdir={workdir} holds the run of another configuration: {differing}; {advice}"
         )
 
 
@@ -80,6 +83,8 @@ def saved_config(workdir: pathlib.Path) -> ConfigDict:
       UserError: there is none, or none that this version understands.
     """
     path = workdir / "config.json"
+    if not workdir.exists():
+        raise UserError(f"{workdir} does not exist")
     if not path.is_file():
         raise UserError(f"{workdir} is not the folder of a run: it has no config.json")
     config = default_config()

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 from mimicnorm_jax.calibration import fit_temperature
+from mimicnorm_jax.data.classes import columns_of
 from mimicnorm_jax.data.generated import open_digits
 from mimicnorm_jax.data.splits import splits_of
 from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.train.evaluated_run import Question, columns_of, evaluate_run
+from mimicnorm_jax.train.evaluated_run import Question, evaluate_run
 from mimicnorm_jax.train.loop import train
 from mimicnorm_jax.train.workdir import saved_config
 from mimicnorm_jax.trained import load
@@ -108,7 +109,7 @@ def test_images_that_are_gone_or_others_are_named(run, digits, tmp_path):
         evaluated((other, None))
 
 
-def test_fewer_classes_are_evaluated_among_all_or_among_themselves(run, digits):
+def test_fewer_classes_are_evaluated_among_all_or_among_themselves(run, digits, capsys):
     kept = (run[0] / "eval.json").read_text() if (run[0] / "eval.json").exists() else None
     network = load(run[0], "latest")
     paths = sorted((digits / "some").glob("*/*.png"))
@@ -116,6 +117,7 @@ def test_fewer_classes_are_evaluated_among_all_or_among_themselves(run, digits):
     logits = network.logits(paths)
     found = evaluated(run, dir=digits, test_split="some")
     assert not found.is_own
+    assert "NOTE: without images in" in capsys.readouterr().err
     assert found.images == f"{len(paths)} images of 3 classes, evaluated among all 10"
     expected = np.mean(logits.argmax(-1) == labels)
     assert found.results["latest"]["test_accuracy"] == pytest.approx(expected)
@@ -134,8 +136,10 @@ def test_fewer_classes_are_evaluated_among_all_or_among_themselves(run, digits):
 
 def test_a_single_class_can_be_evaluated(run, digits):
     found = evaluated(run, dir=digits, test_split="single")
-    assert found.images == "36 images of 1 classes, evaluated among all 10"
+    assert found.images == "36 images of 1 class, evaluated among all 10"
     assert found.details["latest"]["classes"][0]["examples"] == 36
+    with pytest.raises(UserError, match=r"a single class, 'ant', which leaves nothing to choose"):
+        evaluated(run, dir=digits, test_split="single", question=Question(restrict_classes=True))
 
 
 def test_folders_named_by_numbers_are_logits_in_the_order_of_numbers(run, digits):
@@ -163,8 +167,9 @@ def test_numbers_are_not_in_the_order_of_strings():
 
 def test_what_does_not_match_is_listed(run, digits):
     message = r"3 of the 10 .*'emu', 'owl', 'yak'; it has no images of 'hen', 'ibis', 'jay'"
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         evaluated(run, dir=digits, test_split="strange")
+    assert "--labels" not in str(caught.value)  # they are no numbers
     with pytest.raises(UserError, match=r"12 of the 12 classes .*'x9' and 2 more; .*and 20 more"):
         columns_of([f"x{i}" for i in range(12)], [f"c{i}" for i in range(30)])
 
@@ -172,7 +177,7 @@ def test_what_does_not_match_is_listed(run, digits):
 def test_another_field_than_those_of_the_images_is_refused(run, digits):
     config = saved_config(run[0])
     config.seed = 5
-    with pytest.raises(UserError, match=r"config\.seed \(0 there, 5 now\)"):
+    with pytest.raises(UserError, match=r"config\.seed \(0 there, 5 now\); an evaluation takes"):
         evaluate_run(config, run[0])
 
 
@@ -215,6 +220,9 @@ def test_where_there_is_no_test_split_the_images_held_out_take_its_place(
     output = capsys.readouterr().out
     assert "and 0 test images, 287 held out" in output
     assert "epoch 0.11: holdout_accuracy" in output and "final_holdout_accuracy" in output
+    assert (
+        f"exact last-BN statistics: {summary['final_holdout_accuracy_recalibrated']:.4f}" in output
+    )
     assert summary["final_test_accuracy"] is summary["best_test_accuracy"] is None
     assert summary["best_chosen_by"] == "holdout" and summary["best_holdout_accuracy"] > 0
     assert train(config, tmp_path / "run") == summary
@@ -305,14 +313,16 @@ def test_two_folders_of_one_class_are_one_class(run, digits, tmp_path):
     shutil.copytree(digits / "numbers" / "001", tmp_path / "twice" / "1")
     question = Question(labels="numbers", restrict_classes=True)
     found = evaluated(run, dir=tmp_path, test_split="twice", question=question)
-    assert found.images == "12 images of 3 classes, evaluated among these"
+    assert found.images == (
+        "12 images of 3 classes (001 is 'bee', 002 is 'cow', 003 is 'dog' …), evaluated among these"
+    )
     rows = found.details["latest"]["classes"]
     assert [(row["class"], row["examples"]) for row in rows] == [("bee", 6), ("cow", 3), ("dog", 3)]
 
 
 @pytest.mark.parametrize(
     ("fields", "question"),
-    [({"resize": 12}, Question()), ({}, Question(restrict_classes=True))],
+    [({"resize": 12}, Question()), ({"test_split": "some"}, Question(restrict_classes=True))],
 )
 def test_what_a_run_keeps_is_of_its_own_evaluation(fields, question, run, digits):
     config = saved_config(run[0])
@@ -322,3 +332,12 @@ def test_what_a_run_keeps_is_of_its_own_evaluation(fields, question, run, digits
     config.update_from_flattened_dict({f"data.{name}": value for name, value in fields.items()})
     assert not evaluate_run(config, run[0], question).is_own
     assert (run[0] / "eval.json").read_text() == kept
+
+
+def test_exact_statistics_have_no_temperature_which_was_found_with_others(run, digits):
+    config = saved_config(run[0])
+    config.data.dir = str(digits)
+    found = evaluate_run(config, run[0], Question(exact=True)).results
+    assert found["best"]["temperature"] is not None
+    assert found["best_recalibrated"]["temperature"] is None
+    assert "test_loss_calibrated" not in found["best_recalibrated"]

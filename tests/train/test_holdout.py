@@ -31,7 +31,7 @@ def test_a_run_says_what_it_held_out_and_what_it_got_there(held_out, tmp_path, c
     summary = train(held_out(), tmp_path / "run")
     output = capsys.readouterr().out
     assert "1150 training and 360 test images, 287 held out" in output
-    assert "holdout_accuracy" in output and "where that on the images held out was best" in output
+    assert "holdout_accuracy" in output and "best by the images held out: test" in output
     rows = evaluations(tmp_path / "run")
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert {(row["test_examples"], row["holdout_examples"]) for row in rows} == {(360, 287)}
