@@ -149,7 +149,7 @@ def test_the_program_is_called_with_arguments_and_does_not_exit(tmp_path, capsys
     for _ in range(2):
         assert main(["--help"]) in (0, 1)
         output = capsys.readouterr()
-        assert "USAGE" in output.out and "error" not in output.err
+        assert "--helpfull" in output.out and "error" not in output.err
 
 
 @of_ml_collections

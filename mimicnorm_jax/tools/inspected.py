@@ -12,11 +12,12 @@ from mimicnorm_jax.data.augment import normalize
 from mimicnorm_jax.data.pipeline import Pipeline
 from mimicnorm_jax.data.splits import splits_of
 from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.parallel import make_mesh
 from mimicnorm_jax.precision import resolve_precision
 from mimicnorm_jax.train.checkpoint import Checkpoints
 from mimicnorm_jax.train.description import check_network
 from mimicnorm_jax.train.program import Images
-from mimicnorm_jax.train.setup import images_of, set_up
+from mimicnorm_jax.train.setup import images_of, set_up, silence_false_alarms
 from mimicnorm_jax.train.state import TrainState
 from mimicnorm_jax.train.workdir import other_fields
 
@@ -64,6 +65,7 @@ def training_images(config: ConfigDict, count: int) -> tuple[Images, jax.Array, 
     if count > len(train):
         raise UserError(f"--images={count} is more than the {len(train)} training images")
     known = images_of(config, train)
+    silence_false_alarms(make_mesh(1))
     batch = Pipeline(train, batch_size=count, seed=config.seed).batch(0)
     images = normalize(
         jnp.asarray(batch["image"]),
