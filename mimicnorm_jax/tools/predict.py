@@ -15,6 +15,7 @@ import json
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
 import numpy as np
@@ -94,14 +95,23 @@ def answers(
       ``path`` and ``classes``, each a ``class`` and its ``probability``, the likeliest first;
       and the image as the network sees it.
     """
+
+    def read(path: pathlib.Path) -> np.ndarray | UserError:
+        try:
+            return network.preprocess(path)
+        except UserError as error:
+            return error
+
     for start in range(0, len(paths), _AT_A_TIME):
         images, readable = [], []
-        for path in paths[start : start + _AT_A_TIME]:
-            try:
-                images.append(network.preprocess(path))
-                readable.append(path)
-            except UserError as error:
-                tqdm.write(f"WARNING: {error}", file=sys.stderr)
+        some = paths[start : start + _AT_A_TIME]
+        with ThreadPoolExecutor() as pool:
+            for path, image in zip(some, pool.map(read, some), strict=True):
+                if isinstance(image, UserError):
+                    tqdm.write(f"WARNING: {image}", file=sys.stderr)
+                else:
+                    images.append(image)
+                    readable.append(path)
         if not images:
             continue
         found = network.predict(np.stack(images))
