@@ -87,7 +87,7 @@ def _run() -> None:
         )
     print(json.dumps(found.results, indent=2))
     both = {name: found.results[name] | found.details[name] for name in found.results}
-    write_json(json.dumps(both, indent=1) + "\n")
+    write_json(json.dumps(both) + "\n")
     if PLOT.value:
         from mimicnorm_jax.train.drawing import plot_evaluation  # slow to import
 
