@@ -80,7 +80,7 @@ def test_a_trained_state_is_probed(tiny_config, tmp_path):
         (["--methods=batchnorm", "--config.method_options.gain=2"], "gain does not apply to batch"),
         (["--json=."], "does not end in .json"),
         (["--images=100000"], "more than the 1437 training images"),
-        (["--plot=no/such/folder.png"], "--plot=no/such/folder.png cannot be written: .* is not a folder"),
+        (["--plot=no/such/x.png"], "--plot=no/such/x.png cannot be written: .* is not a folder"),
         (["--plot=picture.xyz"], "does not end in .png or"),
         (["--config.network=vgg11", "--config.method=fixup"], "needs residual branches"),
     ],
