@@ -212,6 +212,18 @@ def keep_unless(finite: jax.Array, new: TrainState, old: TrainState) -> TrainSta
     return kept.replace(skipped=old.skipped + jnp.where(finite, 0, 1).astype(jnp.int32))
 
 
+def _evaluation_inputs(
+    precision: Precision, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Callable[[dict[str, jax.Array]], jax.Array]:
+    """What the network takes of a batch that is not augmented."""
+
+    def inputs_of(batch: dict[str, jax.Array]) -> jax.Array:
+        images = normalize(batch["image"], mean=mean, std=std, dtype=precision.param_dtype)
+        return images.astype(precision.dtype)
+
+    return inputs_of
+
+
 def make_eval_step(
     network: Network,
     *,
@@ -226,10 +238,10 @@ def make_eval_step(
       ``step(params, batch_stats, batch) -> metrics`` with the sums over the batch's real
       examples: ``loss``, ``correct`` and ``count``. ``batch`` also has ``mask`` (B,).
     """
+    inputs_of = _evaluation_inputs(precision, mean, std)
 
     def local_step(params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> Metrics:
-        images = normalize(batch["image"], mean=mean, std=std, dtype=precision.param_dtype)
-        logits = network.apply_eval(params, batch_stats, images.astype(precision.dtype))
+        logits = network.apply_eval(params, batch_stats, inputs_of(batch))
         mask = batch["mask"].astype(logits.dtype)
         losses = cross_entropy(logits, batch["label"])
         correct = jnp.argmax(logits, -1) == batch["label"]
@@ -258,10 +270,10 @@ def make_logits_step(
       ``step(params, batch_stats, batch) -> outputs``: ``logits`` (B, num_classes), ``label`` (B,)
       and ``mask`` (B,) of the whole batch, on every device.
     """
+    inputs_of = _evaluation_inputs(precision, mean, std)
 
     def local_step(params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> Metrics:
-        images = normalize(batch["image"], mean=mean, std=std, dtype=precision.param_dtype)
-        logits = network.apply_eval(params, batch_stats, images.astype(precision.dtype))
+        logits = network.apply_eval(params, batch_stats, inputs_of(batch))
         return {"logits": logits, "label": batch["label"], "mask": batch["mask"]}
 
     mapped = jax.shard_map(
@@ -285,10 +297,10 @@ def make_moments_step(
       ``count`` (), and the sums ``first`` and ``second`` ``(num_classes,)`` of the
       differences from the running mean, and of their squares.
     """
+    inputs_of = _evaluation_inputs(precision, mean, std)
 
     def local_step(params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> Metrics:
-        images = normalize(batch["image"], mean=mean, std=std, dtype=precision.param_dtype)
-        logits = network.apply_measure(params, batch_stats, images.astype(precision.dtype))
+        logits = network.apply_measure(params, batch_stats, inputs_of(batch))
         # From a point near the mean, so that the variance does not cancel.
         differences = logits - network.last_bn_statistics(batch_stats)["mean"][None]
         differences = jnp.where(batch["mask"][:, None] > 0, differences, 0.0)

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from mimicnorm_jax.config.packaged import config_files
 from mimicnorm_jax.errors import refused_by_system
+from mimicnorm_jax.progress_bar import progress_bar
 from mimicnorm_jax.tools.memory.compiled import Row, analyse
 from mimicnorm_jax.tools.memory.plot import plot
 from mimicnorm_jax.tools.memory.targets import mesh_of
@@ -152,7 +152,7 @@ def write_table(table: str, *, processes: int) -> None:
     if path.is_file():
         known = {record["program"]: record for record in json.loads(path.read_text())}
     jobs, rows = jobs_of(table), {}
-    progress = tqdm(total=len(jobs), desc=table, unit="step")
+    progress = progress_bar(None, table, len(jobs))
     for job, row in _compile_all(jobs, known, processes):
         rows[job] = row
         progress.set_postfix_str(f"{job.config} {job.method} {job.target}")
