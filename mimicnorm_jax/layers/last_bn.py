@@ -6,6 +6,8 @@ Normalization" (2020), Section 4.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -19,23 +21,28 @@ from mimicnorm_jax.layers.weight_mean import at_least_float32
 def _batch_moments(
     x: jax.Array, axis_name: str | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | int]:
-    """Mean (C,), biased variance (C,) and number of examples of the global batch."""
-    count = x.shape[0] * (1 if axis_name is None else lax.psum(1, axis_name))
+    """Mean (C,), biased variance (C,) and number of logits a class of the global batch."""
+    count = math.prod(x.shape[:-1]) * (1 if axis_name is None else lax.psum(1, axis_name))
     if isinstance(count, int) and count < 2:
         raise ValueError("the last BN needs at least 2 examples in the (global) batch to train")
 
     def mean_over_batch(values: jax.Array) -> jax.Array:
-        local = jnp.mean(values, axis=0)
+        local = jnp.mean(values, axis=tuple(range(x.ndim - 1)))
         return local if axis_name is None else lax.pmean(local, axis_name)
 
     mean = mean_over_batch(x)
     # Two passes: E[x^2] - E[x]^2 cancels where the mean is large against the deviation,
     # which is what the logits of an untrained deep network look like.
-    return mean, mean_over_batch(jnp.square(x - mean[None])), count
+    return mean, mean_over_batch(jnp.square(x - _per_class(mean, x.ndim))), count
 
 
-def _normalize(x: jax.Array, mean: jax.Array, var: jax.Array, epsilon: float) -> jax.Array:
-    return (x - mean[None]) * lax.rsqrt(var + epsilon)[None]
+def _per_class(values: jax.Array, ndim: int) -> jax.Array:
+    return jnp.expand_dims(values, tuple(range(ndim - 1)))
+
+
+def normalize(x: jax.Array, mean: jax.Array, var: jax.Array, epsilon: float) -> jax.Array:
+    """Normalizes ``(B, ..., C)`` by statistics ``(C,)``."""
+    return (x - _per_class(mean, x.ndim)) * _per_class(lax.rsqrt(var + epsilon), x.ndim)
 
 
 def update_average(average: nnx.BatchStat[jax.Array], value: jax.Array, momentum: float) -> None:
@@ -45,7 +52,11 @@ def update_average(average: nnx.BatchStat[jax.Array], value: jax.Array, momentum
 
 
 class LastBN(nnx.Module):
-    """The affine-free BatchNorm on ``(B, C)`` logits (Section 4, "Last BN Layer").
+    """The affine-free BatchNorm on logits (Section 4, "Last BN Layer").
+
+    The paper's logits are ``(B, C)``; of ``(B, ..., C)``, as for segmentation, each class is
+    normalized over everything else.
+
 
     Training normalizes by the batch's mean and biased variance and keeps running
     averages, of the unbiased variance as PyTorch does; evaluation normalizes by those.
@@ -86,7 +97,10 @@ class LastBN(nnx.Module):
         self.pass_through = False
 
     def __call__(self, logits: jax.Array) -> jax.Array:
-        """Normalizes ``(B, C)`` logits; returns at least float32.
+        """Normalizes ``(B, ..., C)`` logits, over all but the last axis.
+
+        Returns:
+          The normalized logits, in at least float32.
 
         Raises:
           ValueError: a single example in training, whose variance is 0.
@@ -94,13 +108,23 @@ class LastBN(nnx.Module):
         logits = logits.astype(at_least_float32(logits.dtype))
         if self.pass_through:
             return logits
+        return normalize(logits, *self.statistics(logits), self.epsilon)
+
+    def statistics(self, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and variance ``(C,)`` to normalize by; training takes the running ones further.
+
+        Args:
+          logits: ``(B, ..., C)``, in at least float32.
+
+        Raises:
+          ValueError: as ``__call__``.
+        """
         if self.use_running_average:
-            mean, var = self.mean[...], self.var[...]
-        else:
-            mean, var, count = _batch_moments(logits, self.axis_name)
-            update_average(self.mean, mean, self.momentum)
-            update_average(self.var, var * (count / (count - 1)), self.momentum)
-        return _normalize(logits, mean, var, self.epsilon)
+            return self.mean[...], self.var[...]
+        mean, var, count = _batch_moments(logits, self.axis_name)
+        update_average(self.mean, mean, self.momentum)
+        update_average(self.var, var * (count / (count - 1)), self.momentum)
+        return mean, var
 
 
 def last_bn_cross_entropy(
@@ -132,7 +156,7 @@ def last_bn_cross_entropy(
     """
     logits = logits.astype(at_least_float32(logits.dtype))
     mean, var, _ = _batch_moments(logits, axis_name)
-    normalized = _normalize(logits, mean, var, epsilon)
+    normalized = normalize(logits, mean, var, epsilon)
     return cross_entropy(normalized, labels, label_smoothing), mean, var
 
 

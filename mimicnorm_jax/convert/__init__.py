@@ -1,0 +1,7 @@
+"""Any network: MimicNorm in the place of its BatchNorms, and the plain network for inference."""
+
+from mimicnorm_jax.convert.network import Conversion, convert
+from mimicnorm_jax.convert.plan import Layer
+from mimicnorm_jax.convert.report import LayerReport, Report
+
+__all__ = ["Conversion", "Layer", "LayerReport", "Report", "convert"]

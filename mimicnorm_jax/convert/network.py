@@ -1,0 +1,243 @@
+"""``convert``: MimicNorm in the place of the BatchNorms of any network."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mimicnorm_jax.convert.build import Built, build, rescale, stack_of
+from mimicnorm_jax.convert.graph import Path
+from mimicnorm_jax.convert.measured import second_moments
+from mimicnorm_jax.convert.plan import CenterRule, Layer, Plan, To, make_plan, name
+from mimicnorm_jax.convert.report import LayerReport, Report, farthest_from_one
+from mimicnorm_jax.convert.trace import trace
+from mimicnorm_jax.errors import UserError, unknown
+from mimicnorm_jax.theory.activation import stable_variance_of
+
+Variance = Literal["measured", "formula"]
+
+
+class Conversion(NamedTuple):
+    """What ``convert`` returns: ``network, report = convert(...)``.
+
+    Attributes:
+      network: the converted copy.
+      report: what was done to each layer.
+    """
+
+    network: nnx.Module
+    report: Report
+
+
+def convert(
+    model: nnx.Module,
+    *args: Any,
+    logits: Callable[[Any], Any] | None = None,
+    center: CenterRule = "not_depthwise",
+    variance: Variance = "measured",
+    to: To = "mimicnorm",
+    axis_name: str | None = None,
+) -> Conversion:
+    """Puts MimicNorm in the place of the BatchNorms of a network.
+
+    Which layer feeds which is read from the program that ``model(*args)`` is, not from the names
+    of attributes. ``docs/convert.md`` has the rules.
+
+    Example::
+
+      model, report = convert(model, images)
+      print(report)
+
+    Args:
+      model: a network with ``nnx.BatchNorm``, called as ``model(*args)``. It is left as it was.
+      *args: a batch, or what else the network takes; some tens of examples of the training data,
+        normalized as in training, are good. With ``variance="formula"`` shapes are enough
+        (``jax.ShapeDtypeStruct``).
+      logits: chooses the logits among the network's outputs, such as ``lambda outputs:
+        outputs[0]``; of several heads each gets a last BN. None where there is one output.
+      center: which of the layers that a BatchNorm follows are centred: ``"not_depthwise"`` all but
+        the depthwise ones; ``"fan_in"`` those with a fan-in above 50; or a function that is
+        given each layer (``mimicnorm_jax.convert.Layer``), also those without a BatchNorm.
+      variance: of the initial weights. ``"measured"``: each kernel, in the order of the data, is
+        divided by the root of the second moment of what it puts out on ``args`` (Mishkin and Matas
+        2016, "All you need is a good init"). ``"formula"``: what theory gives for the activation
+        before the layer, see ``mimicnorm_jax.theory.activation.stable_variance_of``.
+      to: ``"mimicnorm"``; ``"weightmean"`` without last BN, where examples may not be coupled;
+        ``"lastbn"`` without weight mean; ``"nonorm"`` with neither and without residual scalars.
+      axis_name: mapped axis over which the last BN averages its statistics.
+
+    Returns:
+      The converted network, in the mode (training or evaluation) of the given one, and the report.
+      Kernels are those of ``model``, centred and rescaled; biases that a BatchNorm subtracted, and
+      what it had learned, are gone (with a warning, where it had).
+
+    Raises:
+      UserError: a network without BatchNorm, one with several outputs of which none is chosen,
+        logits that no layer makes, arguments that do not fit, or an unknown option.
+    """
+    if variance not in get_args(Variance):
+        raise unknown("variance", variance, get_args(Variance))
+    if not isinstance(model, nnx.Module):
+        raise UserError(f"convert takes an nnx.Module, got {type(model).__name__}")
+    traced = trace(model, args, logits)
+    plan = make_plan(traced, to=to, center=center)
+    _warn_of_what_was_learned(plan)
+    built = build(model, plan, axis_name=axis_name)
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(args))
+    if abstract and variance == "measured":
+        raise UserError("variance='measured' needs arrays; variance='formula' takes shapes")
+    targets = _formula(built, plan, only_repeated=variance == "measured")
+    before: dict[Path, Any] = {}
+    after: dict[Path, Any] = {}
+    if not abstract:
+        before = _measure(built, plan, args, divided=variance == "measured")
+        if variance == "measured":
+            _divide(built, plan, before, targets)
+        after = _measure(built, plan, args, divided=False)
+    return Conversion(built.network, _report(plan, built, to, before, after))
+
+
+def _warn_of_what_was_learned(plan: Plan) -> None:
+    learned = [name(norm.path) for norm in plan.norms if _has_learned(norm.module)]
+    if learned:
+        warnings.warn(
+            f"{len(learned)} BatchNorms have a scale other than 1 or a shift other than 0, which "
+            f"are dropped, as are their statistics: {', '.join(learned[:3])}"
+            + (" …" if len(learned) > 3 else ""),
+            stacklevel=3,
+        )
+
+
+def _has_learned(norm: Any) -> bool:
+    return any(
+        parameter is not None and bool(jnp.any(parameter[...] != initial))
+        for parameter, initial in ((norm.scale, 1), (norm.bias, 0))
+    )
+
+
+def _repeated(layer: Layer) -> bool:
+    """Whether several calls of the program share one kernel."""
+    return len({node.call.number for node in layer.nodes if node.call is not None}) > 1
+
+
+def _formula(built: Built, plan: Plan, *, only_repeated: bool) -> frozenset[Path]:
+    """Gives kernels the variance of theory; returns of which layers."""
+    done = []
+    for layer in plan.layers:
+        if layer.reason or (only_repeated and not _repeated(layer)):
+            continue
+        module = built.layers[layer.path]
+        kernel = np.asarray(module.kernel[...], np.float64)
+        stack = stack_of(layer)
+        flat = kernel.reshape(*stack, -1)
+        if not layer.centered:
+            flat = flat - flat.mean(axis=-1, keepdims=True)
+        square = np.mean(np.square(flat), axis=-1)
+        try:
+            target = stable_variance_of(layer.moments, layer.fan_in, centered=layer.centered)
+        except ValueError:
+            plan.notes.append(f"{name(layer.path)}: no variance by the formula, left as it was")
+            continue
+        if layer.centered:
+            target *= (layer.fan_in - 1) / layer.fan_in  # what centring leaves (Lemma 1)
+        if not np.all(square > 0):
+            plan.notes.append(f"{name(layer.path)}: a constant kernel cannot be rescaled")
+            continue
+        rescale(module, np.sqrt(target / square))
+        done.append(layer.path)
+    return frozenset(done)
+
+
+def _measure(built: Built, plan: Plan, args: Any, *, divided: bool) -> dict[Path, Any]:
+    layers = {
+        layer.path: (built.layers[layer.path], stack_of(layer))
+        for layer in plan.layers
+        if _measurable(layer)
+    }
+    chosen = [path for path, layer in zip(layers, plan.layers, strict=False) if layer]
+    return second_moments(
+        built.network,
+        layers,
+        args,
+        divided=frozenset(
+            layer.path
+            for layer in plan.layers
+            if divided and layer.path in chosen and not _repeated(layer)
+        ),
+    )
+
+
+def _measurable(layer: Layer) -> bool:
+    return hasattr(layer.module, "kernel")
+
+
+def _divide(built: Built, plan: Plan, moments: dict[Path, Any], other: frozenset[Path]) -> None:
+    for layer in plan.layers:
+        if layer.path not in moments or layer.path in other:
+            continue
+        moment = np.asarray(moments[layer.path], np.float64)
+        if not np.all(moment > 0) or not np.all(np.isfinite(moment)):
+            plan.notes.append(
+                f"{name(layer.path)}: its second moment is {farthest_from_one(moment):.3g} "
+                "on the arguments, its kernel was not rescaled"
+            )
+            continue
+        rescale(built.layers[layer.path], 1.0 / np.sqrt(moment))
+
+
+def _report(
+    plan: Plan, built: Built, to: str, before: dict[Path, Any], after: dict[Path, Any]
+) -> Report:
+    rows: list[tuple[int, LayerReport]] = []
+    for layer in plan.layers:
+        kernel = np.asarray(built.layers[layer.path].kernel[...], np.float64)
+        scales = layer.scales
+        row = LayerReport(
+            path=name(layer.path),
+            became=_became(layer),
+            centered=layer.centered,
+            fan_in=layer.fan_in,
+            scale=None if not scales else scales[0] if len(scales) == 1 else tuple(scales),
+            variance=float(np.var(kernel)),
+            second_moment_before=_moment(before, layer.path),
+            second_moment=_moment(after, layer.path),
+        )
+        rows.append((layer.nodes[0].order, row))
+    for norm in plan.norms:
+        became = "removed" if norm.absorbed else "a shift: no layer feeds it alone"
+        rows.append((norm.nodes[0].order, LayerReport(name(norm.path), became)))
+    rows.sort(key=lambda row: row[0])
+    return Report(to, tuple(row for _, row in rows), tuple(plan.notes))
+
+
+def _moment(moments: dict[Path, Any], path: Path) -> float | None:
+    return farthest_from_one(moments[path]) if path in moments else None
+
+
+def _became(layer: Layer) -> str:
+    """What was done to a layer, and why."""
+    if layer.reason:
+        return f"stays {type(layer.module).__name__}: {layer.reason}"
+    if layer.centered:
+        said = ["centred"]
+    elif layer.depthwise:
+        said = ["not centred: depthwise"]
+    elif layer.last_bn:
+        said = ["not centred: makes the logits"]
+    elif not layer.before_norm:
+        said = ["not centred: no BatchNorm behind it"]
+    else:
+        said = ["not centred"]
+    if layer.scales:
+        said.append("ends a residual branch")
+    if layer.last_bn:
+        said.append("no bias, last BN" + (" of the average" if layer.last_bn == "mean" else ""))
+    elif layer.needs_bias:
+        said.append("bias")
+    return ", ".join(said)

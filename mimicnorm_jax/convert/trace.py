@@ -1,0 +1,166 @@
+"""The graph of a network: its call, traced with a mark at the begin and end of every layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching
+
+from mimicnorm_jax.convert.graph import Call, Graph, Path, Value
+from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.layers import LastBN, ScaledConv, ScaledDense
+from mimicnorm_jax.layers.batch_norm import ShiftedBatchNorm
+
+NORMS = (nnx.BatchNorm, ShiftedBatchNorm)
+LINEAR = (nnx.Conv, nnx.Linear, nnx.ConvTranspose, nnx.LinearGeneral, ScaledConv, ScaledDense)
+LAYERS = (*NORMS, *LINEAR, LastBN)
+
+# The identity, with a name of what lies between two of them.
+_mark = Primitive("mark")
+_mark.def_impl(lambda x, **_: x)
+_mark.def_abstract_eval(lambda x, **_: x)
+batching.primitive_batchers[_mark] = lambda args, dims, **params: (
+    _mark.bind(*args, **params),
+    dims[0],
+)
+ad.deflinear2(_mark, lambda cotangent, _, **params: [cotangent])
+
+_numbers = itertools.count()
+_MODE = "use_running_average"
+
+
+def _marked(value: jax.Array, kind: str, call: Call) -> jax.Array:
+    return _mark.bind(value, kind=kind, call=call)
+
+
+@functools.cache
+def _watched_layer(kind: type[nnx.Module]) -> type[nnx.Module]:
+    def call(self: Any, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        kernel = getattr(self, "kernel", None)
+        place = Call(
+            self.path_in_network,
+            next(_numbers),
+            kernel_shape=() if kernel is None else tuple(kernel.shape),
+            ndim=jax.numpy.ndim(x),
+            told_mode=any(flag is not None for flag in (*args, kwargs.get(_MODE))),
+        )
+        y = kind.__call__(self, _marked(x, "begin", place), *args, **kwargs)
+        return _marked(y, "end", place)
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
+@functools.cache
+def _watched_module(kind: type[nnx.Module]) -> type[nnx.Module]:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        y = kind.__call__(self, *args, **kwargs)  # type: ignore[operator]
+        if not isinstance(y, jax.Array):
+            return y
+        return _marked(y, "module", Call(self.path_in_network, next(_numbers)))
+
+    return type(kind.__name__, (kind,), {"__call__": call})
+
+
+def _watch(model: nnx.Module) -> None:
+    """Makes every module of a network mark what it takes and returns."""
+    for path, module in list(nnx.iter_modules(model)):
+        kind = type(module)
+        if isinstance(module, LAYERS):
+            watched = _watched_layer(kind)
+        elif path and "__call__" in dir(kind):
+            watched = _watched_module(kind)
+        else:
+            continue
+        object.__setattr__(module, "__class__", watched)
+        module.path_in_network = path
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A network as it was traced.
+
+    Attributes:
+      graph: its layers and operations.
+      modules: its modules by path.
+      logits: the outputs that were chosen.
+    """
+
+    graph: Graph
+    modules: dict[Path, nnx.Module]
+    logits: list[Value]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """What a network is called with: arrays, and what is no array.
+
+    Args:
+      args: as they are given to the network.
+    """
+
+    args: Sequence[Any]
+
+    def split(self) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+        """The arrays, and a function that puts others in their place."""
+        leaves, structure = jax.tree.flatten(tuple(self.args))
+        places = [place for place, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
+
+        def join(arrays: Sequence[Any]) -> Any:
+            filled = list(leaves)
+            for place, array in zip(places, arrays, strict=True):
+                filled[place] = array
+            return jax.tree.unflatten(structure, filled)
+
+        return [leaves[place] for place in places], join
+
+
+def trace(model: nnx.Module, args: Sequence[Any], logits: Callable[[Any], Any] | None) -> Traced:
+    """Traces ``model(*args)`` in evaluation mode.
+
+    Args:
+      model: the network, which is left as it is.
+      args: its arguments; shapes and types (``jax.ShapeDtypeStruct``) are enough.
+      logits: chooses the logits among the outputs; None where there is one output.
+
+    Raises:
+      UserError: the outputs are several, and none is chosen; or none is an array ``(B, ..., C)``.
+    """
+    watched = nnx.clone(model)
+    watched.eval()
+    _watch(watched)
+    graphdef, state = nnx.split(watched)
+    constants, structure = jax.tree.flatten(state)
+    arrays, join = Arguments(args).split()
+    if not arrays:
+        raise UserError("the network's arguments are needed: convert(model, images)")
+
+    def run(constants: Sequence[Any], arrays: Sequence[Any]) -> Any:
+        network = nnx.merge(graphdef, jax.tree.unflatten(structure, constants))
+        outputs = network(*join(arrays))
+        return chosen_logits(outputs, logits)
+
+    graph = Graph(jax.make_jaxpr(run)(constants, arrays), constants)
+    return Traced(graph, dict(nnx.iter_modules(model)), graph.outputs)
+
+
+def chosen_logits(outputs: Any, logits: Callable[[Any], Any] | None) -> list[jax.Array]:
+    """The logits among a network's outputs; see ``trace``."""
+    chosen = jax.tree.leaves(outputs if logits is None else logits(outputs))
+    if logits is None and len(chosen) != 1:
+        raise UserError(
+            f"the network returns {len(chosen)} arrays: say which are logits, "
+            "such as logits=lambda outputs: outputs[0]"
+        )
+    for array in chosen:
+        if getattr(array, "ndim", 0) < 2:
+            raise UserError(
+                f"logits have shape (B, ..., C), the network returns {jax.numpy.shape(array)}"
+            )
+    return chosen
