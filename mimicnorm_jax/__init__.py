@@ -3,6 +3,7 @@
 Weight mean and one last BN replace every BatchNorm of a network (Fei et al. 2020).
 """
 
+from mimicnorm_jax.convert import Conversion, convert
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers import (
     LastBN,
@@ -24,6 +25,7 @@ from mimicnorm_jax.version import __version__ as __version__
 __all__ = [
     "METHODS",
     "NETWORKS",
+    "Conversion",
     "LastBN",
     "Method",
     "TrainedNetwork",
@@ -31,6 +33,7 @@ __all__ = [
     "WeightMeanConv",
     "WeightMeanDense",
     "center_kernel",
+    "convert",
     "create_method",
     "create_model",
     "evaluate",

@@ -242,7 +242,7 @@ def evaluate(values: Iterable[Value], known: dict[Value, Any]) -> list[Any]:
             return value.constant
         if value not in known:
             node = value.node
-            assert node is not None and node.primitive is not None
+            assert node is not None
             results = node.primitive.bind(*map(array, node.inputs), **node.params)
             several = getattr(node.primitive, "multiple_results", False)
             known.update(zip(node.outputs, results if several else [results], strict=True))

@@ -15,8 +15,8 @@ from mimicnorm_jax.convert.trace import Arguments
 from mimicnorm_jax.parallel import quick_compilation
 
 
-class _Moment(nnx.BatchStat):
-    """A layer's second moment: a statistic, so that what stacks layers treats it as one."""
+class _Statistic(nnx.BatchStat):
+    """What is kept in a layer; called a statistic, so that what stacks layers stacks it too."""
 
 
 @functools.cache
@@ -30,55 +30,64 @@ def _measuring(kind: type[nnx.Module]) -> type[nnx.Module]:
         bias = 0.0 if bias is None else bias[...]
         before = wide / scale - bias
         moment = jnp.mean(jnp.square(before))
-        self.measured_moment[...] = moment
-        if not self.divides:
-            return y
-        factor = jnp.where(moment > 0, jax.lax.rsqrt(moment), 1.0)
+        self.moment[...] = moment
+        factor = jax.lax.rsqrt(jnp.where(self.divides[...] & (moment > 0), moment, 1.0))
         return (scale * (before * factor + bias)).astype(y.dtype)
 
     return type(kind.__name__, (kind,), {"__call__": call})
 
 
-def second_moments(
-    network: nnx.Module,
-    layers: Mapping[Path, tuple[nnx.Module, tuple[int, ...]]],
-    args: Sequence[Any],
-    *,
-    divided: frozenset[Path] = frozenset(),
-) -> dict[Path, jax.Array]:
-    """Second moment of each layer's output, without its bias and before its scalar.
+class Meter:
+    """Measures the second moment of each layer's output, without its bias and before its scalar.
 
     Args:
-      network: the network, which is left as it is; it runs in evaluation mode.
-      layers: those to measure, with the axes of their stack.
+      network: runs in evaluation mode; it is left as it is.
+      layers: those to measure, with the axes of their stack, by a name.
       args: of the network's call.
-      divided: layers whose output is divided by the root of its second moment before it goes on:
-        what follows is measured as if their kernels were divided already.
-
-    Returns:
-      By path a number, or an array of the shape of the stack; NaN where the layer was not called
-      on its own (inside transformations that hand no statistics on).
     """
-    copy = nnx.clone(network)
-    copy.eval()
-    where = {id(module): path for path, module in nnx.iter_modules(network)}
-    modules = dict(nnx.iter_modules(copy))
-    for path, (module, stack) in layers.items():
-        measured = modules[where[id(module)]]
-        object.__setattr__(measured, "__class__", _measuring(type(measured)))
-        measured.measured_moment = _Moment(jnp.full(stack, jnp.nan))
-        measured.divides = path in divided
-    graphdef, state = nnx.split(copy)
-    arrays, join = Arguments(args).split()
 
-    def run(state: Any, arrays: Sequence[Any]) -> Any:
-        model = nnx.merge(graphdef, state)
-        model(*join(arrays))
-        called = dict(nnx.iter_modules(model))
-        return {
-            path: called[where[id(module)]].measured_moment[...]
-            for path, (module, _) in layers.items()
-        }
+    def __init__(
+        self,
+        network: nnx.Module,
+        layers: Mapping[Path, tuple[nnx.Module, tuple[int, ...]]],
+        args: Sequence[Any],
+    ):
+        self._network = network
+        self._layers = layers
+        self._arrays, join = Arguments(args).split()
+        where = {id(module): path for path, module in nnx.iter_modules(network)}
+        self._where = {name: where[id(module)] for name, (module, _) in layers.items()}
+        graphdef, _ = self._split(frozenset())
 
-    options = quick_compilation(jax.default_backend())
-    return jax.device_get(jax.jit(run, compiler_options=options)(state, arrays))
+        def run(state: Any, arrays: Sequence[Any]) -> Any:
+            model = nnx.merge(graphdef, state)
+            model(*join(arrays))
+            called = dict(nnx.iter_modules(model))
+            return {name: called[path].moment[...] for name, path in self._where.items()}
+
+        options = quick_compilation(jax.default_backend())
+        self._run = jax.jit(run, compiler_options=options)
+
+    def _split(self, divided: frozenset[Path]) -> tuple[Any, Any]:
+        copy = nnx.clone(self._network)
+        copy.eval()
+        modules = dict(nnx.iter_modules(copy))
+        for name, (_, stack) in self._layers.items():
+            measured = modules[self._where[name]]
+            object.__setattr__(measured, "__class__", _measuring(type(measured)))
+            measured.moment = _Statistic(jnp.full(stack, jnp.nan))
+            measured.divides = _Statistic(jnp.full(stack, name in divided))
+        return nnx.split(copy)
+
+    def second_moments(self, *, divided: frozenset[Path] = frozenset()) -> dict[Path, jax.Array]:
+        """Runs the network as it is now.
+
+        Args:
+          divided: layers whose output is divided by the root of its second moment before it goes
+            on: what follows is measured as if their kernels were divided already.
+
+        Returns:
+          By name a number, or an array of the shape of the stack; NaN where the layer was called
+          where no statistics come from, as inside other transformations than those of Flax.
+        """
+        return jax.device_get(self._run(self._split(divided)[1], self._arrays))

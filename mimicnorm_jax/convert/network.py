@@ -13,7 +13,7 @@ from flax import nnx
 
 from mimicnorm_jax.convert.build import Built, build, rescale, stack_of
 from mimicnorm_jax.convert.graph import Path
-from mimicnorm_jax.convert.measured import second_moments
+from mimicnorm_jax.convert.measured import Meter
 from mimicnorm_jax.convert.plan import CenterRule, Layer, Plan, To, make_plan, name
 from mimicnorm_jax.convert.report import LayerReport, Report, farthest_from_one
 from mimicnorm_jax.convert.trace import trace
@@ -92,14 +92,21 @@ def convert(
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(args))
     if abstract and variance == "measured":
         raise UserError("variance='measured' needs arrays; variance='formula' takes shapes")
-    targets = _formula(built, plan, only_repeated=variance == "measured")
+    by_formula = _formula(built, plan, only_repeated=variance == "measured")
     before: dict[Path, Any] = {}
     after: dict[Path, Any] = {}
     if not abstract:
-        before = _measure(built, plan, args, divided=variance == "measured")
+        layers = {
+            layer.path: (built.layers[layer.path], stack_of(layer))
+            for layer in plan.layers
+            if hasattr(layer.module, "kernel")
+        }
+        meter = Meter(built.network, layers, args)
         if variance == "measured":
-            _divide(built, plan, before, targets)
-        after = _measure(built, plan, args, divided=False)
+            divided = frozenset(layers) - by_formula
+            before = meter.second_moments(divided=divided)
+            _divide(built, plan, before, divided)
+        after = meter.second_moments()
     return Conversion(built.network, _report(plan, built, to, before, after))
 
 
@@ -154,32 +161,9 @@ def _formula(built: Built, plan: Plan, *, only_repeated: bool) -> frozenset[Path
     return frozenset(done)
 
 
-def _measure(built: Built, plan: Plan, args: Any, *, divided: bool) -> dict[Path, Any]:
-    layers = {
-        layer.path: (built.layers[layer.path], stack_of(layer))
-        for layer in plan.layers
-        if _measurable(layer)
-    }
-    chosen = [path for path, layer in zip(layers, plan.layers, strict=False) if layer]
-    return second_moments(
-        built.network,
-        layers,
-        args,
-        divided=frozenset(
-            layer.path
-            for layer in plan.layers
-            if divided and layer.path in chosen and not _repeated(layer)
-        ),
-    )
-
-
-def _measurable(layer: Layer) -> bool:
-    return hasattr(layer.module, "kernel")
-
-
-def _divide(built: Built, plan: Plan, moments: dict[Path, Any], other: frozenset[Path]) -> None:
+def _divide(built: Built, plan: Plan, moments: dict[Path, Any], divided: frozenset[Path]) -> None:
     for layer in plan.layers:
-        if layer.path not in moments or layer.path in other:
+        if layer.path not in divided:
             continue
         moment = np.asarray(moments[layer.path], np.float64)
         if not np.all(moment > 0) or not np.all(np.isfinite(moment)):

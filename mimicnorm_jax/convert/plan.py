@@ -38,7 +38,8 @@ class Layer:
       centered: whether its kernel is to be centred.
       scales: the initial residual scalar of each call; None without.
       needs_bias: whether it takes over the shift of a norm.
-      last_bn: ``"each"`` where it makes the logits, ``"mean"`` where their average over places does.
+      last_bn: ``"each"`` where it makes the logits, ``"mean"`` where its average over places is
+        them.
     """
 
     path: Path

@@ -42,13 +42,13 @@ class Network(nnx.Module):
         num_classes: int = 10,
         channels: int = 3,
         *,
-        dims: tuple[int, ...] = (24, 48, 96),
+        dims: tuple[int, ...] = (32, 64, 128),
         depths: tuple[int, ...] = (2, 3, 2),
-        kernel: int = 7,
+        kernel: int = 5,
         layer_scale: float = 0.1,
         rngs: nnx.Rngs,
     ):
-        self.patchify = nnx.Conv(channels, dims[0], (2, 2), strides=2, padding=0, rngs=rngs)
+        self.patchify = nnx.Conv(channels, dims[0], (4, 4), strides=4, padding=0, rngs=rngs)
         self.patch_norm = nnx.BatchNorm(dims[0], momentum=0.9, rngs=rngs)
         stages = []
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):

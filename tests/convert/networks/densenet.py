@@ -34,7 +34,7 @@ class Network(nnx.Module):
         self, num_classes=10, channels=3, *, growth=8, block_config=(3, 4, 4), bn_size=2, rngs
     ):
         nfeatures = 2 * growth
-        self.conv0 = nnx.Conv(channels, nfeatures, (3, 3), use_bias=False, rngs=rngs)
+        self.conv0 = nnx.Conv(channels, nfeatures, (3, 3), strides=2, use_bias=False, rngs=rngs)
         self.layers = nnx.List()
         for i, num_layers in enumerate(block_config):
             for _ in range(num_layers):

@@ -16,10 +16,10 @@ class BlockArgs(NamedTuple):
 
 
 BLOCKS = (
-    BlockArgs(expand=1, kernel=3, stride=1, features=16, repeats=1),
-    BlockArgs(expand=4, kernel=3, stride=2, features=24, repeats=2),
-    BlockArgs(expand=4, kernel=5, stride=2, features=40, repeats=2),
-    BlockArgs(expand=4, kernel=3, stride=1, features=48, repeats=1),
+    BlockArgs(expand=1, kernel=3, stride=1, features=8, repeats=1),
+    BlockArgs(expand=4, kernel=3, stride=2, features=16, repeats=2),
+    BlockArgs(expand=4, kernel=5, stride=2, features=24, repeats=2),
+    BlockArgs(expand=4, kernel=3, stride=1, features=32, repeats=1),
 )
 BN = {"momentum": 0.95, "epsilon": 1e-3}
 
@@ -32,13 +32,7 @@ class MBConv(nnx.Module):
             self.expand_conv = nnx.Conv(inputs, mid, (1, 1), use_bias=False, rngs=rngs)
             self.expand_bn = nnx.BatchNorm(mid, rngs=rngs, **BN)
         self.depthwise_conv = nnx.Conv(
-            in_features=mid,
-            out_features=mid,
-            kernel_size=(args.kernel, args.kernel),
-            strides=(stride, stride),
-            feature_group_count=mid,
-            use_bias=False,
-            rngs=rngs,
+            mid, mid, (args.kernel,) * 2, stride, feature_group_count=mid, use_bias=False, rngs=rngs
         )
         self.depthwise_bn = nnx.BatchNorm(mid, rngs=rngs, **BN)
         self.se_reduce = nnx.Conv(mid, max(8, inputs // 4), (1, 1), rngs=rngs)
@@ -62,9 +56,9 @@ class Network(nnx.Module):
         def scaled(features):
             return max(8, 8 * round(features * width / 8))
 
-        self.stem = nnx.Conv(channels, scaled(16), (3, 3), (2, 2), use_bias=False, rngs=rngs)
-        self.stem_bn = nnx.BatchNorm(scaled(16), rngs=rngs, **BN)
-        self.blocks, features = nnx.List([]), scaled(16)
+        self.stem = nnx.Conv(channels, scaled(8), (3, 3), (2, 2), use_bias=False, rngs=rngs)
+        self.stem_bn = nnx.BatchNorm(scaled(8), rngs=rngs, **BN)
+        self.blocks, features = nnx.List([]), scaled(8)
         for args in BLOCKS:
             args = args._replace(features=scaled(args.features))
             for i in range(math.ceil(args.repeats * depth)):

@@ -36,7 +36,7 @@ class Inception(nnx.Module):
 class AuxiliaryHead(nnx.Module):
     def __init__(self, cin, num_classes, *, rngs):
         self.proj = ConvBnRelu(cin, 32, 1, rngs=rngs)
-        self.hidden = nnx.Linear(32 * 16, 64, rngs=rngs)
+        self.hidden = nnx.Linear(32 * 4, 64, rngs=rngs)
         self.out = nnx.Linear(64, num_classes, rngs=rngs)
 
     def __call__(self, x):
@@ -48,7 +48,7 @@ class AuxiliaryHead(nnx.Module):
 
 class Network(nnx.Module):
     def __init__(self, num_classes=10, channels=3, *, rngs):
-        self.stem_conv = nnx.Conv(channels, 16, (3, 3), rngs=rngs)
+        self.stem_conv = nnx.Conv(channels, 16, (3, 3), strides=(2, 2), rngs=rngs)
         self.stem_bn = nnx.BatchNorm(16, momentum=0.9, epsilon=1e-3, rngs=rngs)
         self.reduce = ConvBnRelu(16, 32, 3, rngs=rngs)
         self.inception3a = Inception(32, 16, 16, 24, 8, 8, 8, rngs=rngs)
@@ -66,7 +66,6 @@ class Network(nnx.Module):
         x = self.inception3b(self.inception3a(x))
         x = self.inception4a(max_pool(x))
         aux_logits = self.aux(x)
-        x = self.inception4b(x)
-        x = self.inception5(max_pool(x))
+        x = self.inception5(self.inception4b(x))
         x = self.dropout(jnp.mean(x, axis=(1, 2)))
         return self.fc(x), aux_logits

@@ -53,12 +53,12 @@ class InvertedResidual(nnx.Module):
 
 class Network(nnx.Module):
     # expansion, channels, repeats, first stride
-    settings = ((1, 8, 1, 1), (4, 16, 2, 2), (4, 24, 3, 2), (4, 32, 2, 2))
+    settings = ((1, 8, 1, 1), (4, 16, 2, 2), (4, 24, 2, 2), (4, 32, 1, 1))
 
     def __init__(self, num_classes=10, channels=3, *, width=1.0, rngs):
-        cin = make_divisible(16 * width)
+        cin = make_divisible(8 * width)
         last = make_divisible(128 * max(1.0, width))
-        features = [ConvBNReLU6(channels, cin, rngs=rngs)]
+        features = [ConvBNReLU6(channels, cin, stride=2, rngs=rngs)]
         for t, c, n, s in self.settings:
             cout = make_divisible(c * width)
             for i in range(n):

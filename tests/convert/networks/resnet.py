@@ -56,7 +56,7 @@ class Bottleneck(nnx.Module):
 
 class Network(nnx.Module):
     def __init__(self, num_classes=10, channels=3, *, width=8, layers=(2, 2, 2), rngs):
-        self.conv1 = conv3x3(channels, 2 * width, rngs=rngs)
+        self.conv1 = conv3x3(channels, 2 * width, 2, rngs=rngs)
         self.bn1 = nnx.BatchNorm(2 * width, momentum=0.9, rngs=rngs)
         blocks = []
         inplanes = 2 * width

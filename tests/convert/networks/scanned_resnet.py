@@ -38,7 +38,8 @@ class Stage(nnx.Module):
         self.rest = create(rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        # unrolled, as convolutions inside of a loop are slow on CPUs
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry, unroll=True)
         def run(block: BasicBlock, x: jax.Array):
             return block(x)
 

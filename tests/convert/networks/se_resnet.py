@@ -54,7 +54,7 @@ class Network(nnx.Module):
         channels: int = 3,
         *,
         features: tuple[int, ...] = (16, 32, 64),
-        blocks_per_stage: int = 3,
+        blocks_per_stage: int = 2,
         act: Callable = nnx.relu,
         rngs: nnx.Rngs,
     ):

@@ -35,10 +35,15 @@ class Up(nnx.Module):
 
 
 class Network(nnx.Module):
-    def __init__(self, num_classes=10, channels=3, *, base_features=8, levels=3, rngs):
+    def __init__(self, num_classes=10, channels=3, *, base_features=16, levels=2, rngs):
         sizes = [base_features * 2**level for level in range(levels + 1)]
+        self.stem = nnx.Conv(channels, base_features, (3, 3), strides=(2, 2), rngs=rngs)
+        self.stem_norm = nnx.BatchNorm(base_features, momentum=0.9, rngs=rngs)
         self.encoder = nnx.List(
-            [DoubleConv(a, b, rngs) for a, b in zip([channels, *sizes], sizes[:-1], strict=False)]
+            [
+                DoubleConv(a, b, rngs)
+                for a, b in zip([base_features, *sizes], sizes[:-1], strict=False)
+            ]
         )
         self.bridge = DoubleConv(sizes[-2], sizes[-1], rngs)
         self.decoder = nnx.List(
@@ -50,6 +55,7 @@ class Network(nnx.Module):
 
     def __call__(self, x):
         frozen = self.use_running_average
+        x = activate(self.stem_norm(self.stem(x), use_running_average=frozen))
         skips = []
         for down in self.encoder:
             x = down(x, frozen)

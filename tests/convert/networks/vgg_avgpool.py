@@ -5,7 +5,7 @@ import functools
 import jax
 from flax import nnx
 
-CFG = (16, 16, "A", 32, 32, "A", 64, 64, "A")
+CFG = (16, "A", 32, 32, "A", 64, 64, "A")
 pool = functools.partial(nnx.avg_pool, window_shape=(2, 2), strides=(2, 2))
 
 
