@@ -3,7 +3,7 @@
 Weight mean and one last BN replace every BatchNorm of a network (Fei et al. 2020).
 """
 
-from mimicnorm_jax.convert import Conversion, convert
+from mimicnorm_jax.convert import Conversion, Folded, convert, fold
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers import (
     LastBN,
@@ -26,6 +26,7 @@ __all__ = [
     "METHODS",
     "NETWORKS",
     "Conversion",
+    "Folded",
     "LastBN",
     "Method",
     "TrainedNetwork",
@@ -38,6 +39,7 @@ __all__ = [
     "create_model",
     "evaluate",
     "fit",
+    "fold",
     "last_bn_cross_entropy",
     "last_bn_loss_floor",
     "load",

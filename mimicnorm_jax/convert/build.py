@@ -124,7 +124,7 @@ def _last_bn(layer: Any, axis_name: str | None) -> LastBN:
 def _of_kind(old: Any, layer: Layer, use_bias: bool) -> Any:
     """A layer of the kind that is wanted; its parameters are those of no stack."""
     scale = None if layer.scales is None else 1.0
-    shared = {
+    shared: dict[str, Any] = {
         "use_bias": use_bias,
         "dtype": old.dtype,
         "precision": old.precision,
@@ -138,6 +138,8 @@ def _of_kind(old: Any, layer: Layer, use_bias: bool) -> Any:
         kind = WeightMeanDense if layer.centered else ScaledDense
         return kind(old.in_features, old.out_features, scale=scale, **shared)
     padding = old.padding.upper() if isinstance(old.padding, str) else old.padding
+    if isinstance(old, ScaledConv):
+        shared["codec"] = old.codec
     return (WeightMeanConv if layer.centered else ScaledConv)(
         old.in_features,
         old.out_features,
@@ -147,7 +149,6 @@ def _of_kind(old: Any, layer: Layer, use_bias: bool) -> Any:
         kernel_dilation=1 if old.kernel_dilation is None else old.kernel_dilation,
         feature_group_count=old.feature_group_count,
         scale=scale,
-        **({"codec": old.codec} if isinstance(old, ScaledConv) else {}),
         **shared,
     )
 

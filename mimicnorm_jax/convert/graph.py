@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
 
 Path = tuple[Any, ...]
@@ -303,20 +304,32 @@ def source(value: Value) -> Value:
     return value._source
 
 
-def from_constant(node: Node) -> bool:
-    """Whether all of a node's inputs but one are parameters or numbers."""
-    return len(node.active_inputs) == 1
+_AFFINE = frozenset(
+    {"add", "add_any", "mul", "neg", "optimization_barrier", "stop_gradient", "sub"}
+)
+_IDENTITIES = frozenset({"convert_element_type", "copy", "reduce_precision"})
 
 
 def is_affine(node: Node) -> bool:
     """Whether an elementwise node is affine in the only input that is active."""
-    if not from_constant(node):
+    if len(node.active_inputs) != 1:
         return False
-    if node.name in {"convert_element_type", "copy", "neg", "optimization_barrier"}:
-        return True
-    if node.name in {"add", "add_any", "sub", "mul", "reduce_precision", "stop_gradient"}:
-        return True
-    return node.name == "div" and node.inputs[0].active
+    if node.name == "div":
+        return node.inputs[0].active
+    return node.name in _AFFINE | _IDENTITIES
+
+
+def constant_factor(node: Node) -> float:
+    """By what number an affine node multiplies; NaN where that differs from place to place."""
+    if node.name == "neg":
+        return -1.0
+    if node.name not in ("mul", "div"):
+        return 1.0 if node.name in _IDENTITIES else math.nan
+    (constant,) = (value for value in node.inputs if not value.active)
+    numbers = np.unique(np.asarray(evaluate([constant], {})[0], np.float64))
+    if len(numbers) != 1:
+        return math.nan
+    return float(numbers[0] if node.name == "mul" else 1.0 / numbers[0])
 
 
 def summed(node: Node) -> int:

@@ -20,7 +20,7 @@ class _Statistic(nnx.BatchStat):
 
 
 @functools.cache
-def _measuring(kind: type[nnx.Module]) -> type[nnx.Module]:
+def _measuring(kind: Any) -> type[nnx.Module]:
     def call(self: Any, *args: Any, **kwargs: Any) -> jax.Array:
         y = kind.__call__(self, *args, **kwargs)  # type: ignore[operator]
         wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
@@ -62,7 +62,7 @@ class Meter:
         def run(state: Any, arrays: Sequence[Any]) -> Any:
             model = nnx.merge(graphdef, state)
             model(*join(arrays))
-            called = dict(nnx.iter_modules(model))
+            called: dict[Path, Any] = dict(nnx.iter_modules(model))
             return {name: called[path].moment[...] for name, path in self._where.items()}
 
         options = quick_compilation(jax.default_backend())
@@ -71,10 +71,11 @@ class Meter:
     def _split(self, divided: frozenset[Path]) -> tuple[Any, Any]:
         copy = nnx.clone(self._network)
         copy.eval()
-        modules = dict(nnx.iter_modules(copy))
+        modules: dict[Path, Any] = dict(nnx.iter_modules(copy))
         for name, (_, stack) in self._layers.items():
             measured = modules[self._where[name]]
-            object.__setattr__(measured, "__class__", _measuring(type(measured)))
+            kind: Any = type(measured)
+            object.__setattr__(measured, "__class__", _measuring(kind))
             measured.moment = _Statistic(jnp.full(stack, jnp.nan))
             measured.divides = _Statistic(jnp.full(stack, name in divided))
         return nnx.split(copy)

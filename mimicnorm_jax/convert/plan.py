@@ -9,8 +9,9 @@ from typing import Literal, get_args
 
 from flax import nnx
 
+from mimicnorm_jax.convert.flow import Flow
 from mimicnorm_jax.convert.formula import expected_moments
-from mimicnorm_jax.convert.graph import SHAPES, SUMS, Node, Path, Value, is_affine
+from mimicnorm_jax.convert.graph import Node, Path, Value
 from mimicnorm_jax.convert.residual import Join, residual_joins
 from mimicnorm_jax.convert.support import unsupported
 from mimicnorm_jax.convert.trace import LINEAR, NORMS, Traced
@@ -122,21 +123,15 @@ def make_plan(traced: Traced, *, to: To, center: CenterRule) -> Plan:
 class _Planner:
     def __init__(self, traced: Traced):
         self.traced = traced
-        self.graph = traced.graph
-        calls: dict[Path, list[Node]] = {}
-        for node in self.graph.nodes:
-            if node.call is not None:
-                calls.setdefault(node.call.path, []).append(node)
+        self.flow = Flow(traced)
         self.norms = {
             path: Norm(path, traced.modules[path], nodes)
-            for path, nodes in calls.items()
-            if isinstance(traced.modules[path], NORMS)
+            for path, nodes in self.flow.calls_of(NORMS).items()
         }
-        moments = expected_moments(self.graph)
+        moments = expected_moments(traced.graph)
         self.layers = {
             path: self._layer(path, nodes, moments)
-            for path, nodes in calls.items()
-            if isinstance(traced.modules[path], LINEAR)
+            for path, nodes in self.flow.calls_of(LINEAR).items()
         }
 
     def _layer(self, path: Path, nodes: list[Node], moments: dict[Value, Moments]) -> Layer:
@@ -160,8 +155,7 @@ class _Planner:
             raise UserError("the network has no BatchNorm (nnx.BatchNorm) to convert")
         plan = Plan(list(self.layers.values()), list(self.norms.values()))
         for layer in plan.layers:
-            behind = {self._before_norm(node.outputs[0]) for node in layer.nodes}
-            layer.before_norm = True in behind
+            layer.before_norm = any(self.flow.before_norm(n.outputs[0]) for n in layer.nodes)
         if to in ("mimicnorm", "lastbn"):
             self._find_classifiers()
         if to != "nonorm":
@@ -169,10 +163,10 @@ class _Planner:
         for layer in plan.layers:
             self._check_roles(layer)
         for norm in plan.norms:
-            feeding = [self._fed_by(node) for node in norm.nodes]
-            norm.absorbed = all(layer is not None for layer in feeding)
-            for layer in feeding if norm.absorbed else ():
-                assert layer is not None
+            feeding = [self._layer_of(self.flow.fed_by(node)) for node in norm.nodes]
+            taken = [layer for layer in feeding if layer is not None and not layer.reason]
+            norm.absorbed = len(taken) == len(feeding)
+            for layer in taken if norm.absorbed else ():
                 layer.needs_bias = layer.last_bn is None
         if to in ("mimicnorm", "weightmean"):
             for layer in plan.layers:
@@ -180,80 +174,23 @@ class _Planner:
         self._name_unreached(plan)
         return plan
 
-    def _is_linear(self, node: Node) -> bool:
-        """Whether a node is a layer, or a layer that is written out."""
-        if node.call is not None:
-            return node.call.path in self.layers
-        return node.name in ("conv_general_dilated", "dot_general")
-
-    # What follows a layer
-
-    def _before_norm(self, value: Value) -> bool:
-        """Whether a norm follows before the next layer; a gate's product hides what is gated."""
-        for node in value.consumers:
-            if node.call is not None and node.call.path in self.norms:
-                return True
-            gate = node.name == "mul" and len(node.active_inputs) > 1
-            own = gate and all(v is value for v in node.active_inputs)
-            if self._is_linear(node) or node.call is not None or (gate and not own):
-                continue
-            if any(self._before_norm(result) for result in node.outputs):
-                return True
-        return False
-
-    def _fed_by(self, norm: Node) -> Layer | None:
-        """The layer that feeds a norm alone; None where it is something else."""
-        value = norm.inputs[0]
-        while value.node is not None and len(value.consumers) == 1:
-            if value.node.call is not None:
-                layer = self.layers.get(value.node.call.path)
-                return None if layer is None or layer.reason else layer
-            if value.node.name not in ("convert_element_type", "copy"):
-                return None
-            value = value.node.inputs[0]
-        return None
-
-    def _linear_end(self, value: Value, *, alone: bool = True) -> tuple[Node, bool] | None:
-        """The layer of which a value is a linear function, and whether it is averaged on the way.
-
-        Args:
-          value: the result.
-          alone: whether all on the way must be used for this result only.
-        """
-        averaged = False
-        consumers = 1
-        while value.node is not None:
-            node = value.node
-            if alone and len(value.consumers) > consumers:
-                return None
-            if node.call is not None:
-                if node.call.path in self.layers:
-                    return node, averaged
-                if node.call.path not in self.norms:
-                    return None
-            elif node.name in SUMS:
-                averaged = True
-            elif not (is_affine(node) or (node.name in SHAPES and len(node.active_inputs) == 1)):
-                return None
-            value = node.active_inputs[0]
-        return None
-
-    # The rules
+    def _layer_of(self, node: Node | None) -> Layer | None:
+        return None if node is None or node.call is None else self.layers[node.call.path]
 
     def _find_classifiers(self) -> None:
         for logits in self.traced.logits:
-            found = self._linear_end(logits)
-            layer = None if found is None else self.layers[found[0].call.path]  # type: ignore
-            if found is None or layer is None or layer.reason:
+            end = self.flow.linear_end(logits)
+            layer = None if end is None else self._layer_of(end.layer)
+            if end is None or layer is None or layer.reason:
                 why = "" if layer is None else f" ({name(layer.path)}: {layer.reason})"
                 raise UserError(
                     "no layer was found of which the logits are a linear function"
                     f"{why}; to='weightmean' needs none"
                 )
-            layer.last_bn = "mean" if found[1] and len(found[0].outputs[0].shape) > 2 else "each"
+            layer.last_bn = "mean" if end.averaged else "each"
 
     def _place_scalars(self, plan: Plan) -> None:
-        plan.joins, parallel = residual_joins(self.graph, self._is_linear)
+        plan.joins, parallel = residual_joins(self.traced.graph, self.flow.is_linear)
         placed: dict[Path, dict[Node, float]] = {}
         for join in plan.joins:
             for branch in join.branches:
@@ -273,33 +210,35 @@ class _Planner:
     def _place_scalar(
         self, plan: Plan, scale: float, branch: Value, placed: dict[Path, dict[Node, float]]
     ) -> None:
-        found = self._linear_end(branch)
-        gated = False
-        if found is None and branch.modules:
-            path = branch.modules[0].path
-            plan.scaled.setdefault(path, []).append(scale)
-            if len(plan.scaled[path]) == 1:
-                plan.notes.append(
-                    f"{name(path)}: a scalar multiplies its output {branch.shape}, which the "
-                    "backward pass keeps for it"
-                )
+        end = self.flow.linear_end(branch)
+        if end is None and branch.modules:
+            self._scale_module(plan, scale, branch)
             return
-        if found is None and branch.node is not None and branch.node.name == "mul":
-            gated = True
-            whole = [v for v in branch.node.active_inputs if v.shape == branch.shape]
-            ends = [self._linear_end(value, alone=False) for value in whole]
-            found = next((end for end in ends if end is not None), None)
-        if found is None or self.layers[found[0].call.path].reason:  # type: ignore[union-attr]
-            kind = "an operation" if branch.node is None else branch.node.name
+        gated = end is None and branch.node is not None and branch.node.name == "mul"
+        if gated:
+            assert branch.node is not None
+            factors = [v for v in branch.node.active_inputs if v.shape == branch.shape]
+            ends = (self.flow.linear_end(value, alone=False) for value in factors)
+            end = next((end for end in ends if end is not None), None)
+        layer = None if end is None else self._layer_of(end.layer)
+        if end is None or layer is None or layer.reason:
+            kind = "the input" if branch.node is None else branch.node.name
             plan.notes.append(f"no place for the scalar {scale:.3g}: its branch ends in {kind}")
             return
-        node = found[0]
-        assert node.call is not None
-        placed.setdefault(node.call.path, {})[node] = scale
+        placed.setdefault(layer.path, {})[end.layer] = scale
         if gated:
             plan.notes.append(
-                f"{name(node.call.path)}: its scalar also scales what its gate is computed from"
+                f"{name(layer.path)}: its scalar also scales what its gate is computed from"
             )
+
+    def _scale_module(self, plan: Plan, scale: float, branch: Value) -> None:
+        path = branch.modules[0].path
+        if path not in plan.scaled:
+            plan.notes.append(
+                f"{name(path)}: a scalar multiplies its output {branch.shape}, which the backward "
+                "pass keeps for it"
+            )
+        plan.scaled.setdefault(path, []).append(scale)
 
     def _check_roles(self, layer: Layer) -> None:
         """A layer that is called from several places keeps what it has, if these differ."""
@@ -309,7 +248,7 @@ class _Planner:
                 layer.reason = "one kernel is used in several residual blocks"
         elif layer.scales and len(set(layer.scales)) > 1:
             layer.reason = "one kernel is used in several residual blocks"
-        elif len({self._before_norm(node.outputs[0]) for node in layer.nodes}) > 1:
+        elif len({self.flow.before_norm(node.outputs[0]) for node in layer.nodes}) > 1:
             layer.reason = "it is called several times, and a norm follows some of the calls only"
         elif layer.last_bn is not None:
             layer.reason = "it makes the logits, and is called several times"

@@ -41,7 +41,7 @@ def _marked(value: jax.Array, kind: str, call: Call) -> jax.Array:
 
 
 @functools.cache
-def _watched_layer(kind: type[nnx.Module]) -> type[nnx.Module]:
+def _watched_layer(kind: Any) -> type[nnx.Module]:
     def call(self: Any, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
         kernel = getattr(self, "kernel", None)
         place = Call(
@@ -58,7 +58,7 @@ def _watched_layer(kind: type[nnx.Module]) -> type[nnx.Module]:
 
 
 @functools.cache
-def _watched_module(kind: type[nnx.Module]) -> type[nnx.Module]:
+def _watched_module(kind: Any) -> type[nnx.Module]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         y = kind.__call__(self, *args, **kwargs)  # type: ignore[operator]
         if not isinstance(y, jax.Array):
@@ -70,8 +70,9 @@ def _watched_module(kind: type[nnx.Module]) -> type[nnx.Module]:
 
 def _watch(model: nnx.Module) -> None:
     """Makes every module of a network mark what it takes and returns."""
-    for path, module in list(nnx.iter_modules(model)):
-        kind = type(module)
+    modules: list[tuple[Path, Any]] = list(nnx.iter_modules(model))
+    for path, module in modules:
+        kind: Any = type(module)
         if isinstance(module, LAYERS):
             watched = _watched_layer(kind)
         elif path and "__call__" in dir(kind):

@@ -17,10 +17,13 @@ class Window(NamedTuple):
     window: int
     stride: int
     padding: int = 0
+    plain: bool = False
 
 
 @functools.singledispatch
-def max_pool(x: jax.Array, *, window: int, stride: int, padding: int = 0) -> jax.Array:
+def max_pool(
+    x: jax.Array, *, window: int, stride: int, padding: int = 0, plain: bool = False
+) -> jax.Array:
     """Max-pool as the maximum over strided slices, one for each position in the window.
 
     For the backward pass it keeps, in place of its input, which position had the maximum: a byte
@@ -33,10 +36,15 @@ def max_pool(x: jax.Array, *, window: int, stride: int, padding: int = 0) -> jax
       window: height and width of the window.
       stride: step of the window along both axes.
       padding: rows and columns added on each side, which never are the maximum.
+      plain: ``lax.reduce_window`` after all, for inference and what reads its program.
 
     Returns:
       ``(B, H', W', C)`` with ``H' = (H + 2 padding - window) // stride + 1``.
     """
+    if plain:
+        sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+        extents, steps = (1, window, window, 1), (1, stride, stride, 1)
+        return lax.reduce_window(x, -jnp.inf, lax.max, extents, steps, sides)
     return _max_pool(x, Window(window, stride, padding), x.shape[1:3])
 
 
@@ -48,6 +56,7 @@ def max_pool_activated(
     window: int,
     stride: int,
     padding: int = 0,
+    plain: bool = False,
 ) -> jax.Array:
     """``max_pool(activation(x))`` of a non-decreasing activation, which therefore may come last.
 
@@ -56,9 +65,10 @@ def max_pool_activated(
     Args:
       x: ``(B, H, W, C)``.
       activation: such as ReLU.
-      window, stride, padding: as for ``max_pool``.
+      window, stride, padding, plain: as for ``max_pool``.
     """
-    return activation(max_pool(x, window=window, stride=stride, padding=padding))
+    pooled = max_pool(x, window=window, stride=stride, padding=padding, plain=plain)
+    return activation(pooled)
 
 
 def _slices(x: jax.Array, pool: Window) -> list[jax.Array]:

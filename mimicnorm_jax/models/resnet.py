@@ -14,7 +14,7 @@ from flax import nnx
 from mimicnorm_jax.errors import unknown
 from mimicnorm_jax.methods import Branch, Method, Site
 from mimicnorm_jax.models.channels import identity_shortcut
-from mimicnorm_jax.models.pooling import global_average_pool
+from mimicnorm_jax.models.pooling import Window, global_average_pool
 from mimicnorm_jax.models.stem import check_image_size, resolve_stem
 from mimicnorm_jax.models.unit import ConvUnit
 
@@ -186,7 +186,7 @@ class ResNet(nnx.Module):
             site=Site("stem", after_relu=False),
             strides=strides,
             padding=kernel // 2,
-            pool={"window": 3, "stride": 2, "padding": 1} if stem == "large" else None,
+            pool=Window(window=3, stride=2, padding=1) if stem == "large" else None,
             rngs=rngs,
         )
         self.run = method.run

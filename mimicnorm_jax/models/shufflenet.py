@@ -7,7 +7,7 @@ from flax import nnx
 
 from mimicnorm_jax.methods import Method, Site
 from mimicnorm_jax.models.channels import halves, interleave
-from mimicnorm_jax.models.pooling import global_average_pool
+from mimicnorm_jax.models.pooling import Window, global_average_pool
 from mimicnorm_jax.models.stem import check_image_size, resolve_stem
 from mimicnorm_jax.models.unit import ConvUnit
 
@@ -125,7 +125,7 @@ class ShuffleNetV2(nnx.Module):
             site=Site("stem", after_relu=False),
             strides=2 if stem == "large" else 1,
             padding=1,
-            pool={"window": 3, "stride": 2, "padding": 1} if stem == "large" else None,
+            pool=Window(window=3, stride=2, padding=1) if stem == "large" else None,
             rngs=rngs,
         )
         self.run = method.run

@@ -7,7 +7,7 @@ from flax import nnx
 
 from mimicnorm_jax.methods import Branch, Method, Site
 from mimicnorm_jax.models.channels import concatenate
-from mimicnorm_jax.models.pooling import global_average_pool, max_pool
+from mimicnorm_jax.models.pooling import Window, global_average_pool, max_pool
 from mimicnorm_jax.models.stem import check_image_size, resolve_stem
 from mimicnorm_jax.models.unit import ConvUnit
 
@@ -95,10 +95,11 @@ class SqueezeNet(nnx.Module):
             site=Site("stem", after_relu=False),
             strides=strides,
             padding=kernel // 2,
-            pool={"window": 2, "stride": 2},
+            pool=Window(window=2, stride=2),
             rngs=rngs,
         )
         self.run = method.run
+        self.pool = Window(window=2, stride=2)
         self.fires = nnx.List[Fire]([])
         for number, (squeeze, expand) in enumerate(FIRES, start=2):
             bypass = None
@@ -125,5 +126,5 @@ class SqueezeNet(nnx.Module):
         for number, fire in enumerate(self.fires, start=2):
             x = self.run(fire, x)
             if number in POOLED:
-                x = max_pool(x, window=2, stride=2)
+                x = max_pool(x, **self.pool._asdict())
         return self.head(self.classifier(global_average_pool(x)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import jax
 from flax import nnx
 
@@ -20,7 +18,7 @@ class ConvUnit(nnx.Module):
         the convolution.
       site: where the unit stands in the network.
       activate: False leaves the activation to the caller, as at a branch's end.
-      pool: arguments of ``max_pool``; None for none.
+      pool: the max-pool before the activation; None for none.
       rngs: for the initial values.
     """
 
@@ -36,7 +34,7 @@ class ConvUnit(nnx.Module):
         padding: int = 0,
         feature_group_count: int = 1,
         activate: bool = True,
-        pool: Mapping[str, int] | None = None,
+        pool: Window | None = None,
         rngs: nnx.Rngs,
     ):
         self.conv = method.conv(
@@ -51,7 +49,7 @@ class ConvUnit(nnx.Module):
         )
         self.norm = method.norm(out_features, site=site, rngs=rngs)
         self.activation = method.activation(site=site) if activate else None
-        self.pool = None if pool is None else Window(**pool)
+        self.pool = pool
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps ``(B, H, W, in_features)`` to ``(B, H', W', out_features)``."""

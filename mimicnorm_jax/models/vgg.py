@@ -9,6 +9,7 @@ from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers import Dropout
 from mimicnorm_jax.methods import Method, Site
 from mimicnorm_jax.models.channels import flatten
+from mimicnorm_jax.models.pooling import Window
 from mimicnorm_jax.models.unit import ConvUnit
 
 STAGE_FEATURES = (64, 128, 256, 512, 512)
@@ -76,7 +77,7 @@ class VGG(nnx.Module):
                     (3, 3),
                     site=Site("stem" if first else "inner", after_relu=not first),
                     padding=1,
-                    pool={"window": 2, "stride": 2} if index == layers - 1 else None,
+                    pool=Window(window=2, stride=2) if index == layers - 1 else None,
                     rngs=rngs,
                 )
                 units.append(unit)

@@ -26,8 +26,10 @@ from mimicnorm_jax.theory.signal import (
 _CORRELATIONS_OF_MAXIMA = 17
 
 
-@functools.partial(jax.jit, static_argnames=("window", "stride", "padding"))
-def max_pool(signal: Signal, *, window: int, stride: int, padding: int = 0) -> Signal:
+@functools.partial(jax.jit, static_argnames=("window", "stride", "padding", "plain"))
+def max_pool(
+    signal: Signal, *, window: int, stride: int, padding: int = 0, plain: bool = False
+) -> Signal:
     """Maximum over windows.
 
     Approximations: the positions of a window have the same moment and one correlation,

@@ -21,7 +21,7 @@ BLOCKS = (
     BlockArgs(expand=4, kernel=5, stride=2, features=24, repeats=2),
     BlockArgs(expand=4, kernel=3, stride=1, features=32, repeats=1),
 )
-BN = {"momentum": 0.95, "epsilon": 1e-3}
+BN = {"momentum": 0.9, "epsilon": 1e-3}
 
 
 class MBConv(nnx.Module):

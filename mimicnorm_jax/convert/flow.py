@@ -1,0 +1,117 @@
+"""What feeds what in a network: questions that the rules ask of its graph."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from flax import nnx
+
+from mimicnorm_jax.convert.graph import (
+    ELEMENTWISE,
+    SHAPES,
+    SUMS,
+    Node,
+    Path,
+    Value,
+    constant_factor,
+    is_affine,
+    source,
+    summed,
+)
+from mimicnorm_jax.convert.trace import LINEAR, NORMS, Traced
+
+_CASTS = frozenset({"convert_element_type", "copy"})
+
+
+class LinearEnd(NamedTuple):
+    """The layer of which a value is a linear function.
+
+    Attributes:
+      layer: its call.
+      averaged: whether sums over places lie between.
+      factor: what a number that all places have in common is multiplied by on the way; NaN where
+        something is added, or the factor is not the same everywhere.
+    """
+
+    layer: Node
+    averaged: bool
+    factor: float
+
+
+class Flow:
+    """A traced network, asked.
+
+    Args:
+      traced: the network.
+    """
+
+    def __init__(self, traced: Traced):
+        self._modules = traced.modules
+        self._calls: dict[Path, list[Node]] = {}
+        for node in traced.graph.nodes:
+            if node.call is not None:
+                self._calls.setdefault(node.call.path, []).append(node)
+
+    def calls_of(self, kinds: tuple[type[nnx.Module], ...]) -> dict[Path, list[Node]]:
+        """The calls of layers of some kinds, by path."""
+        return {p: nodes for p, nodes in self._calls.items() if isinstance(self._modules[p], kinds)}
+
+    def _is(self, node: Node, kinds: tuple[type[nnx.Module], ...]) -> bool:
+        return node.call is not None and isinstance(self._modules[node.call.path], kinds)
+
+    def is_linear(self, node: Node) -> bool:
+        """Whether a node is a convolution or dense layer, or one that is written out."""
+        return self._is(node, LINEAR) or node.name in ("conv_general_dilated", "dot_general")
+
+    def before_norm(self, value: Value) -> bool:
+        """Whether a norm follows before the next layer; a gate's product hides what it gates."""
+        for node in value.consumers:
+            if self._is(node, NORMS):
+                return True
+            product = node.name == "mul" and len(set(node.active_inputs)) > 1
+            gate = product and source(node.outputs[0]) is node.outputs[0]
+            if node.call is not None or self.is_linear(node) or gate:
+                continue
+            if any(self.before_norm(result) for result in node.outputs):
+                return True
+        return False
+
+    def fed_by(self, norm: Node) -> Node | None:
+        """The layer that feeds a norm, and nothing else; None where it is something else."""
+        value = norm.inputs[0]
+        while value.node is not None and len(value.consumers) == 1:
+            if value.node.call is not None:
+                return value.node if self._is(value.node, LINEAR) else None
+            if value.node.name not in _CASTS:
+                return None
+            value = value.node.inputs[0]
+        return None
+
+    def linear_end(
+        self, value: Value, *, alone: bool = True, through_norms: bool = True
+    ) -> LinearEnd | None:
+        """The layer of which a value is a linear (or affine) function, with no other in between.
+
+        Args:
+          value: the result.
+          alone: whether all on the way must be used for this result only.
+          through_norms: whether norms may lie in between.
+        """
+        averaged, factor = False, 1.0
+        while (node := value.node) is not None:
+            if alone and len(value.consumers) > 1:
+                return None
+            if self._is(node, LINEAR):
+                return LinearEnd(node, averaged, factor)
+            if self._is(node, NORMS) and through_norms:
+                pass
+            elif node.call is not None or len(node.active_inputs) != 1:
+                return None
+            elif node.name in SUMS:
+                averaged, factor = True, factor * summed(node)
+            elif node.name in ELEMENTWISE and is_affine(node):
+                factor *= constant_factor(node)
+            elif node.name not in SHAPES:
+                return None
+            value = node.active_inputs[0]
+        return None
