@@ -12,7 +12,7 @@ from flax import nnx
 from mimicnorm_jax.convert.graph import Path
 from mimicnorm_jax.convert.layers import NormalizedLogits, Scaled, Shift, passed_on
 from mimicnorm_jax.convert.plan import Layer, Plan
-from mimicnorm_jax.convert.substitute import substitute
+from mimicnorm_jax.convert.substitute import copied, substitute
 from mimicnorm_jax.layers import (
     LastBN,
     ScaledConv,
@@ -44,7 +44,7 @@ def build(model: nnx.Module, plan: Plan, *, axis_name: str | None) -> Built:
       plan: what becomes of its layers.
       axis_name: of the last BN.
     """
-    network = nnx.clone(model)
+    network = copied(model)
     modules = dict(nnx.iter_modules(network))
     replacements: dict[int, nnx.Module] = {}
     evaluates = all(norm.module.use_running_average for norm in plan.norms)  # type: ignore

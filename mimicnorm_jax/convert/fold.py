@@ -16,11 +16,12 @@ from mimicnorm_jax.convert.graph import Path
 from mimicnorm_jax.convert.layers import NormalizedLogits, Scaled, ScaleShift, Shift, passed_on
 from mimicnorm_jax.convert.plan import name
 from mimicnorm_jax.convert.report import LayerReport, Report
-from mimicnorm_jax.convert.substitute import substitute
+from mimicnorm_jax.convert.substitute import copied, substitute
 from mimicnorm_jax.convert.trace import LINEAR, NORMS, trace
 from mimicnorm_jax.layers import Dropout, LastBN, ScaledConv, ScaledDense
 from mimicnorm_jax.layers.relu import Relu, relu
 from mimicnorm_jax.layers.remat import Runner, run
+from mimicnorm_jax.layers.weight_mean import at_least_float32
 from mimicnorm_jax.methods.base import Upcast
 from mimicnorm_jax.methods.fixup import FixupConv, FixupDense
 from mimicnorm_jax.models.pooling import Window
@@ -72,7 +73,7 @@ class _Folder:
     """
 
     def __init__(self, model: nnx.Module, args: tuple[Any, ...]):
-        self.network = nnx.clone(model)
+        self.network = copied(model)
         self.network.eval()
         self.modules: dict[Path, Any] = dict(nnx.iter_modules(self.network))
         self.flow = Flow(trace(model, args, lambda outputs: outputs)) if args else None
@@ -131,7 +132,8 @@ class _Folder:
         layer = self._layer_before(path)
         if layer is None:
             new = ScaleShift(
-                *(jnp.asarray(v, jnp.float32) for v in (scale, shift)), axis=_axis(norm)
+                *(jnp.asarray(v, at_least_float32(norm.mean[...].dtype)) for v in (scale, shift)),
+                axis=_axis(norm),
             )
             said = "stays as a scale and a shift: no layer feeds it alone"
             self._keep(path, new, said if self.flow else "a scale and a shift: no arguments given")
@@ -233,9 +235,9 @@ def _plain_layer(module: Any) -> Any:
             feature_group_count=module.feature_group_count,
             **shared,
         )
-    plain.kernel[...] = kernel
+    plain.kernel = nnx.Param(kernel)
     if bias is not None:
-        plain.bias[...] = bias
+        plain.bias = nnx.Param(bias)
     return plain
 
 

@@ -1,4 +1,4 @@
-"""Puts other modules in the place of some modules of a network."""
+"""A copy of a network, and other modules in the place of some of its modules."""
 
 from __future__ import annotations
 
@@ -6,6 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from flax import nnx
+
+
+def copied(model: nnx.Module) -> nnx.Module:
+    """A copy that computes the same.
+
+    ``nnx.clone`` sorts attributes by name, with them the entries of an ``nnx.Dict``: a network that
+    concatenates what they return would have its channels in another order.
+    """
+    copy = nnx.clone(model)
+    copies = dict(nnx.iter_modules(copy))
+    for path, module in nnx.iter_modules(model):
+        attributes = vars(copies[path])
+        attributes.update({name: attributes.pop(name) for name in list(vars(module))})
+    return copy
 
 
 def substitute(root: nnx.Module, replacements: Mapping[int, nnx.Module]) -> None:

@@ -44,7 +44,7 @@ class Network(nnx.Module):
         *,
         dims: tuple[int, ...] = (32, 64, 128),
         depths: tuple[int, ...] = (2, 3, 2),
-        kernel: int = 5,
+        kernels: tuple[int, ...] = (5, 3, 3),
         layer_scale: float = 0.1,
         rngs: nnx.Rngs,
     ):
@@ -53,7 +53,7 @@ class Network(nnx.Module):
         stages = []
         for i, (dim, depth) in enumerate(zip(dims, depths, strict=True)):
             down = [] if i == 0 else [Downsample(dims[i - 1], dim, rngs=rngs)]
-            blocks = [Block(dim, kernel, layer_scale, rngs=rngs) for _ in range(depth)]
+            blocks = [Block(dim, kernels[i], layer_scale, rngs=rngs) for _ in range(depth)]
             stages.append(nnx.Sequential(*down, *blocks))
         self.stages = nnx.Sequential(*stages)
         self.norm = nnx.BatchNorm(dims[-1], momentum=0.9, rngs=rngs)

@@ -17,9 +17,9 @@ class BlockArgs(NamedTuple):
 
 BLOCKS = (
     BlockArgs(expand=1, kernel=3, stride=1, features=8, repeats=1),
-    BlockArgs(expand=4, kernel=3, stride=2, features=16, repeats=2),
-    BlockArgs(expand=4, kernel=5, stride=2, features=24, repeats=2),
-    BlockArgs(expand=4, kernel=3, stride=1, features=32, repeats=1),
+    BlockArgs(expand=3, kernel=3, stride=2, features=16, repeats=2),
+    BlockArgs(expand=4, kernel=5, stride=2, features=24, repeats=1),
+    BlockArgs(expand=4, kernel=3, stride=1, features=32, repeats=2),
 )
 BN = {"momentum": 0.9, "epsilon": 1e-3}
 

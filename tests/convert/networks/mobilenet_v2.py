@@ -53,7 +53,7 @@ class InvertedResidual(nnx.Module):
 
 class Network(nnx.Module):
     # expansion, channels, repeats, first stride
-    settings = ((1, 8, 1, 1), (4, 16, 2, 2), (4, 24, 2, 2), (4, 32, 1, 1))
+    settings = ((1, 8, 1, 1), (3, 16, 2, 2), (4, 24, 2, 2), (4, 32, 1, 1))
 
     def __init__(self, num_classes=10, channels=3, *, width=1.0, rngs):
         cin = make_divisible(8 * width)
