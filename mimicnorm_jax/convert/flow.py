@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from flax import nnx
@@ -21,6 +22,15 @@ from mimicnorm_jax.convert.graph import (
 from mimicnorm_jax.convert.trace import LINEAR, NORMS, Traced
 
 _CASTS = frozenset({"convert_element_type", "copy"})
+
+
+def _is_product(node: Node) -> bool:
+    """Whether a node multiplies arrays of different origin."""
+    return (
+        node.name == "mul"
+        and len(node.active_inputs) > 1
+        and source(node.outputs[0]) is node.outputs[0]
+    )
 
 
 class LinearEnd(NamedTuple):
@@ -47,6 +57,7 @@ class Flow:
 
     def __init__(self, traced: Traced):
         self._modules = traced.modules
+        self._outputs = frozenset(traced.graph.outputs)
         self._calls: dict[Path, list[Node]] = {}
         for node in traced.graph.nodes:
             if node.call is not None:
@@ -68,13 +79,36 @@ class Flow:
         for node in value.consumers:
             if self._is(node, NORMS):
                 return True
-            product = node.name == "mul" and len(set(node.active_inputs)) > 1
-            gate = product and source(node.outputs[0]) is node.outputs[0]
-            if node.call is not None or self.is_linear(node) or gate:
+            if node.call is not None or self.is_linear(node) or _is_product(node):
                 continue
             if any(self.before_norm(result) for result in node.outputs):
                 return True
         return False
+
+    def gates_only(self, value: Value, *, bounded: bool = False) -> bool:
+        """Whether a value only decides by what others are multiplied, as in squeeze-and-excitation.
+
+        Of two factors of different origin the gate is the one that comes through a sigmoid, or that
+        is the same at all places.
+
+        Args:
+          value: the value.
+          bounded: whether it came through either already.
+        """
+        if value in self._outputs or not value.consumers:
+            return False
+        for node in value.consumers:
+            if _is_product(node):
+                if not bounded:
+                    return False
+                continue
+            grows = node.name == "broadcast_in_dim" and math.prod(
+                node.outputs[0].shape
+            ) > math.prod(value.shape)
+            through = grows or node.name == "logistic" or (bounded and not self.is_linear(node))
+            if not all(self.gates_only(result, bounded=through) for result in node.outputs):
+                return False
+        return True
 
     def fed_by(self, norm: Node) -> Node | None:
         """The layer that feeds a norm, and nothing else; None where it is something else."""

@@ -103,7 +103,8 @@ def convert(
         }
         meter = Meter(built.network, layers, args)
         if variance == "measured":
-            divided = frozenset(layers) - by_formula
+            gates = {layer.path for layer in plan.layers if layer.gate}
+            divided = frozenset(layers) - by_formula - gates
             before = meter.second_moments(divided=divided)
             _divide(built, plan, before, divided)
         after = meter.second_moments()
@@ -137,7 +138,7 @@ def _formula(built: Built, plan: Plan, *, only_repeated: bool) -> frozenset[Path
     """Gives kernels the variance of theory; returns of which layers."""
     done = []
     for layer in plan.layers:
-        if layer.reason or (only_repeated and not _repeated(layer)):
+        if layer.reason or layer.gate or (only_repeated and not _repeated(layer)):
             continue
         module = built.layers[layer.path]
         kernel = np.asarray(module.kernel[...], np.float64)
@@ -193,6 +194,14 @@ def _report(
             second_moment=_moment(after, layer.path),
         )
         rows.append((layer.nodes[0].order, row))
+    for path, values in plan.scaled.items():
+        scale = values[0] if len(values) == 1 else tuple(values)
+        became = "ends a residual branch: a scalar multiplies what it returns"
+        order = max(node.order for layer in plan.layers for node in layer.nodes)
+        inner = [
+            n.order for layer in plan.layers if layer.path[: len(path)] == path for n in layer.nodes
+        ]
+        rows.append((max(inner, default=order), LayerReport(name(path), became, scale=scale)))
     for norm in plan.norms:
         became = "removed" if norm.absorbed else "a shift: no layer feeds it alone"
         rows.append((norm.nodes[0].order, LayerReport(name(norm.path), became)))
@@ -214,6 +223,8 @@ def _became(layer: Layer) -> str:
         said = ["not centred: depthwise"]
     elif layer.last_bn:
         said = ["not centred: makes the logits"]
+    elif layer.gate:
+        said = ["as it was: computes a gate"]
     elif not layer.before_norm:
         said = ["not centred: no BatchNorm behind it"]
     else:

@@ -35,6 +35,9 @@ class Layer:
       moments: what theory expects of its input.
       depthwise: whether each output channel sees one input channel.
       before_norm: whether a norm follows, with no layer in between.
+      gate: whether all that it does is to decide by what others are multiplied. Its kernel keeps
+        its variance: a gate of a squeezed average, which is small, would get weights of ten times
+        the usual size.
       reason: why it stays as it was; None where it does not.
       centered: whether its kernel is to be centred.
       scales: the initial residual scalar of each call; None without.
@@ -50,6 +53,7 @@ class Layer:
     moments: Moments
     depthwise: bool
     before_norm: bool = False
+    gate: bool = False
     reason: str | None = None
     centered: bool = False
     scales: list[float] | None = None
@@ -155,7 +159,9 @@ class _Planner:
             raise UserError("the network has no BatchNorm (nnx.BatchNorm) to convert")
         plan = Plan(list(self.layers.values()), list(self.norms.values()))
         for layer in plan.layers:
-            layer.before_norm = any(self.flow.before_norm(n.outputs[0]) for n in layer.nodes)
+            results = [node.outputs[0] for node in layer.nodes]
+            layer.before_norm = any(map(self.flow.before_norm, results))
+            layer.gate = not layer.before_norm and all(map(self.flow.gates_only, results))
         if to in ("mimicnorm", "lastbn"):
             self._find_classifiers()
         if to != "nonorm":
