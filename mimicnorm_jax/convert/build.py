@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mimicnorm_jax.convert.graph import Path
@@ -19,7 +20,6 @@ from mimicnorm_jax.layers import (
     ScaledDense,
     WeightMeanConv,
     WeightMeanDense,
-    center_kernel,
 )
 from mimicnorm_jax.layers.weight_mean import at_least_float32
 
@@ -92,13 +92,12 @@ def _converted_layer(old: Any, layer: Layer) -> Any:
     use_bias = layer.last_bn is None and (layer.needs_bias or old.bias is not None)
     new = _of_kind(old, layer, use_bias)
     kernel = old.kernel[...]
-    if layer.centered:
-        center = center_kernel
-        for _ in stack:
-            center = jax.vmap(center)
-        kernel = center(kernel)
+    if layer.centered:  # by NumPy: nothing to compile for every shape
+        axes = tuple(range(len(stack), kernel.ndim - 1))
+        wide = np.asarray(kernel, np.float64)
+        kernel = jnp.asarray(wide - wide.mean(axes, keepdims=True), kernel.dtype)
     new.kernel = old.kernel  # the variable with its metadata
-    new.kernel[...] = kernel
+    new.kernel.set_value(kernel)
     if use_bias:
         features = kernel.shape[-1]
         if old.bias is not None:
@@ -160,7 +159,7 @@ def rescale(layer: Any, factor: Any) -> None:
       layer: of ``Built.layers``.
       factor: a number; of a stack one a member.
     """
-    kernel = layer.kernel
-    wide = jnp.asarray(factor, at_least_float32(kernel[...].dtype))
-    wide = wide.reshape(wide.shape + (1,) * (kernel[...].ndim - wide.ndim))
-    kernel[...] = (kernel[...] * wide).astype(kernel[...].dtype)
+    kernel = layer.kernel[...]
+    factor = np.asarray(factor, np.float64)
+    factor = factor.reshape(factor.shape + (1,) * (kernel.ndim - factor.ndim))
+    layer.kernel.set_value(jnp.asarray(np.asarray(kernel, np.float64) * factor, kernel.dtype))

@@ -11,7 +11,6 @@ import time
 import warnings
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import sklearn.datasets
@@ -177,7 +176,7 @@ def main():
             keep(trainer, create(name, channels, seed), **cell, rate=rate, seed=seed)
         trainer = None
         for seed in SEEDS:
-            model, report = converted(create(name, channels, seed), train[0][:64], **args.options)
+            model, _ = converted(create(name, channels, seed), train[0][:64], **args.options)
             if trainer is None:
                 trainer = Trainer(model, steps)
             variant = {"variant": "converted", **args.options}
