@@ -3,8 +3,10 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import mimicnorm_jax
 from mimicnorm_jax import theory
@@ -34,23 +36,60 @@ def name_of(page):
     return str(page.relative_to(ROOT))
 
 
+class OfTheReader(nnx.Module):
+    """The network that the README takes as the reader's."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 8, (3, 3), strides=2, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, rngs=rngs)
+        self.classifier = nnx.Linear(8, 5, rngs=rngs)
+
+    def __call__(self, images):
+        return self.classifier(nnx.relu(self.norm(self.conv(images))).mean((1, 2)))
+
+
+GIVEN = {
+    "README.md": lambda: {
+        "Network": OfTheReader,
+        "images": jax.random.normal(jax.random.key(0), (8, 16, 16, 3)),
+        "labels": jnp.arange(8) % 5,
+    }
+}
+
+
+def of_the_reader(names):
+    model, images = names["model"], names["images"]
+    model.eval()
+    np.testing.assert_allclose(names["plain"](images), model(images), atol=1e-5)
+    assert names["report"].num_centered == 1
+    return nnx.BatchNorm not in {type(module) for _, module in nnx.iter_modules(model)}
+
+
 @pytest.fixture
 def run():
     """Runs a page's blocks one after the other, and gives what they define."""
 
     def run_page(page):
-        names = {}
-        for block in blocks(page.read_text()):
-            exec(block, names)
+        names = GIVEN.get(name_of(page), dict)()
+        with jax.numpy_rank_promotion("allow"):  # nnx.BatchNorm needs it
+            for block in blocks(page.read_text()):
+                exec(block, names)
         return names
 
     yield run_page
     jax.config.update("jax_enable_x64", False)  # which a page may have turned on
 
 
+PRINTED = ["layer", "fan-in", "scalar", "variance", "2nd", "moment", "what", "was", "done"]
 EXPECTED = {
-    "README.md": lambda names: names["logits"].shape == (8, 100),
+    "README.md": of_the_reader,
     "docs/index.md": lambda names: names["logits"].shape == (8, 10),
+    "docs/convert.md": lambda names: (
+        names["report"].num_centered == 5
+        and names["difference"] < 1e-5
+        and names["by_formula"].num_centered == 5
+        and str(names["report"]).splitlines()[0].split() == PRINTED
+    ),
     "docs/own_network.md": lambda names: (
         names["loss"].shape == (8,)
         and names["optimizer"].tx is names["transform"]

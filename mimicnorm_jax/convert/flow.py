@@ -110,10 +110,13 @@ class Flow:
                 return False
         return True
 
+    def _is_used_once(self, value: Value) -> bool:
+        return len(value.consumers) == 1 and value not in self._outputs
+
     def fed_by(self, norm: Node) -> Node | None:
         """The layer that feeds a norm, and nothing else; None where it is something else."""
         value = norm.inputs[0]
-        while value.node is not None and len(value.consumers) == 1:
+        while value.node is not None and self._is_used_once(value):
             if value.node.call is not None:
                 return value.node if self._is(value.node, LINEAR) else None
             if value.node.name not in _CASTS:
@@ -131,9 +134,9 @@ class Flow:
           alone: whether all on the way must be used for this result only.
           through_norms: whether norms may lie in between.
         """
-        averaged, factor = False, 1.0
+        averaged, factor, end = False, 1.0, value
         while (node := value.node) is not None:
-            if alone and len(value.consumers) > 1:
+            if alone and value is not end and not self._is_used_once(value):
                 return None
             if self._is(node, LINEAR):
                 return LinearEnd(node, averaged, factor)

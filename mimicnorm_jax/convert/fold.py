@@ -15,7 +15,7 @@ from mimicnorm_jax.convert.flow import Flow
 from mimicnorm_jax.convert.graph import Path
 from mimicnorm_jax.convert.layers import NormalizedLogits, Scaled, ScaleShift, Shift, passed_on
 from mimicnorm_jax.convert.plan import name
-from mimicnorm_jax.convert.report import LayerReport, Report
+from mimicnorm_jax.convert.report import INFERENCE, LayerReport, Report
 from mimicnorm_jax.convert.substitute import copied, substitute
 from mimicnorm_jax.convert.trace import LINEAR, NORMS, trace
 from mimicnorm_jax.layers import Dropout, LastBN, ScaledConv, ScaledDense
@@ -90,7 +90,7 @@ class _Folder:
         substitute(self.network, {id(self.modules[path]): new for path, new in self.made.items()})
         _use_plain_functions(self.network)
         lines = [LayerReport(name(path), said) for path, said in self.became.items()]
-        return Folded(self.network, Report("inference", tuple(lines), ()))
+        return Folded(self.network, Report(INFERENCE, tuple(lines), ()))
 
     def _keep(self, path: Path, new: Any, said: str) -> None:
         self.made[path] = new
@@ -99,11 +99,11 @@ class _Folder:
     def _make_plain(self, path: Path, module: Any) -> None:
         if isinstance(module, ScaledConv | ScaledDense):
             new = _plain_layer(module)
-            self._keep(path, new, f"{type(module).__name__} is {type(new).__name__}")
+            self._keep(path, new, f"{type(module).__name__}, now nnx.{type(new).__name__}")
         elif isinstance(module, NormalizedLogits):
             layer = self.made.get((*path, "layer"), module.layer)
             _absorb(layer, *_scale_and_shift(module.last_bn))
-            self._keep(path, layer, "the last BN is in the layer that makes the logits")
+            self._keep(path, layer, "the last BN is in it now")
             self.made[(*path, "last_bn")] = module.last_bn  # done
         elif isinstance(module, FixupConv):
             conv = self.made[(*path, "conv")]
@@ -141,7 +141,7 @@ class _Folder:
         place, factor = layer
         target = self.made.get(place, self.modules[place])
         _absorb(target, scale, shift, factor=factor)
-        self._keep(path, nnx.Sequential(passed_on), f"is in {name(place)}")
+        self._keep(path, nnx.Sequential(passed_on), f"now in {name(place)}")
 
     def _layer_before(self, path: Path) -> tuple[Path, float] | None:
         """The layer that takes up a norm, and by what the network multiplies in between."""

@@ -154,9 +154,11 @@ class _Planner:
         )
 
     def plan(self, to: To, center: CenterRule) -> Plan:
-        present = [m for m in self.traced.modules.values() if isinstance(m, NORMS)]
-        if not present:
-            raise UserError("the network has no BatchNorm (nnx.BatchNorm) to convert")
+        for path, module in self.traced.modules.items():
+            if isinstance(module, LastBN):
+                raise UserError(f"the network has a last BN already: {name(path)}")
+        if not self.norms:
+            raise UserError("the network calls no BatchNorm (nnx.BatchNorm): nothing to convert")
         plan = Plan(list(self.layers.values()), list(self.norms.values()))
         for layer in plan.layers:
             results = [node.outputs[0] for node in layer.nodes]
@@ -178,6 +180,12 @@ class _Planner:
             for layer in plan.layers:
                 layer.centered = self._is_centered(layer, center)
         self._name_unreached(plan)
+        told = [n for norm in plan.norms for n in norm.nodes if n.call and n.call.told_mode]
+        if told and any(layer.last_bn for layer in plan.layers):
+            plan.notes.append(
+                "the network says use_running_average at the call of its BatchNorms; the last BN "
+                "goes by model.train() and model.eval()"
+            )
         return plan
 
     def _layer_of(self, node: Node | None) -> Layer | None:
@@ -276,12 +284,6 @@ class _Planner:
         for path, module in self.traced.modules.items():
             if isinstance(module, (*NORMS, *LINEAR)) and path not in reached:
                 plan.notes.append(f"{name(path)}: not reached by the call, left as it was")
-            elif isinstance(module, LastBN):
-                raise UserError(f"the network has a last BN already: {name(path)}")
-        for path in self.norms:
-            for other, module in self.traced.modules.items():
-                if module is self.traced.modules[path] and other != path:
-                    plan.notes.append(f"{name(other)} is {name(path)}")
 
 
 def _members(layer: Layer) -> int:

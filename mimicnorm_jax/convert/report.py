@@ -8,6 +8,9 @@ import math
 from typing import Any
 
 
+INFERENCE = "inference"
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
     """What became of one layer.
@@ -42,7 +45,7 @@ class Report:
     ``print(report)`` shows a table.
 
     Attributes:
-      to: the method.
+      to: the method; ``"inference"`` of what ``fold`` makes.
       layers: its convolutions, dense layers and BatchNorms, in the order of the network.
       notes: what else is to be known, each one line.
       num_centered: number of layers with weight mean.
@@ -63,14 +66,17 @@ class Report:
     def __str__(self) -> str:
         head = ("layer", "fan-in", "scalar", "variance", "2nd moment", "what was done")
         rows = [head, *(_row(layer) for layer in self.layers)]
+        empty = {place for place in range(1, 5) if not any(row[place] for row in rows[1:])}
+        rows = [tuple(c for place, c in enumerate(row) if place not in empty) for row in rows]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
         lines = []
         for path, *numbers, became in rows:
             cells = [path.ljust(widths[0])]
             cells += [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True)]
             lines.append("  ".join([*cells, became]))
-        count = f"{self.num_centered} layers centred, method {self.to}"
-        return "\n".join([*lines, count, *(f"note: {note}" for note in self.notes)])
+        if self.to != INFERENCE:
+            lines.append(f"{self.num_centered} layers centred, method {self.to}")
+        return "\n".join(line.rstrip() for line in [*lines, *(f"note: {n}" for n in self.notes)])
 
 
 def _row(layer: LayerReport) -> tuple[str, ...]:

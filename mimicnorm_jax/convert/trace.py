@@ -145,10 +145,12 @@ def trace(model: nnx.Module, args: Sequence[Any], logits: Callable[[Any], Any] |
     def run(constants: Sequence[Any], arrays: Sequence[Any]) -> Any:
         network = nnx.merge(graphdef, jax.tree.unflatten(structure, constants))
         outputs = network(*join(arrays))
-        return chosen_logits(outputs, logits)
+        chosen = chosen_logits(outputs, logits)
+        return chosen, [leaf for leaf in jax.tree.leaves(outputs) if hasattr(leaf, "shape")]
 
-    graph = Graph(jax.make_jaxpr(run)(constants, arrays), constants)
-    return Traced(graph, dict(nnx.iter_modules(model)), graph.outputs)
+    closed, (chosen, _) = jax.make_jaxpr(run, return_shape=True)(constants, arrays)
+    graph = Graph(closed, constants)
+    return Traced(graph, dict(nnx.iter_modules(model)), graph.outputs[: len(chosen)])
 
 
 def chosen_logits(outputs: Any, logits: Callable[[Any], Any] | None) -> list[jax.Array]:
