@@ -9,6 +9,7 @@ from flax import nnx
 
 from mimicnorm_jax.convert.graph import (
     ELEMENTWISE,
+    PRODUCTS,
     SHAPES,
     SUMS,
     Node,
@@ -72,7 +73,9 @@ class Flow:
 
     def is_linear(self, node: Node) -> bool:
         """Whether a node is a convolution or dense layer, or one that is written out."""
-        return self._is(node, LINEAR) or node.name in ("conv_general_dilated", "dot_general")
+        if node.name not in PRODUCTS:
+            return self._is(node, LINEAR)
+        return len(node.active_inputs) > 1 or any(value.learned for value in node.inputs)
 
     def before_norm(self, value: Value) -> bool:
         """Whether a norm follows before the next layer; a gate's product hides what it gates."""
@@ -148,6 +151,8 @@ class Flow:
                 averaged, factor = True, factor * summed(node)
             elif node.name in ELEMENTWISE and is_affine(node):
                 factor *= constant_factor(node)
+            elif node.name in PRODUCTS and not self.is_linear(node):
+                averaged, factor = True, math.nan
             elif node.name not in SHAPES:
                 return None
             value = node.active_inputs[0]

@@ -12,6 +12,7 @@ import numpy as np
 from mimicnorm_jax.convert.graph import (
     ELEMENTWISE,
     MAXIMA,
+    PRODUCTS,
     SHAPES,
     SUMS,
     Graph,
@@ -101,7 +102,8 @@ def _of(node: Node, value: Value, expected: dict[Value, Moments]) -> Moments:
         return _mixed([(np.prod(part.shape), expected[part]) for part in given])
     if node.name in SUMS:  # an average is one, divided later
         return _scaled(expected[given[0]], summed(node))
-    if node.name in MAXIMA:
+    fixed = node.name in PRODUCTS and not any(part.learned for part in node.inputs)
+    if node.name in MAXIMA or (fixed and len(given) == 1):  # a blur, an interpolation
         return expected[given[0]]
     return IDENTITY
 

@@ -26,6 +26,7 @@ class Value:
       shape: of the array.
       node: what computes it; None for an input or a parameter.
       active: whether it depends on the network's inputs.
+      learned: whether it is a parameter, or made of one, and does not depend on the inputs.
       constant: the array itself where it is a parameter or a number in the program.
       consumers: the nodes that take it.
       modules: the calls of modules, other than layers, that return it; the innermost first.
@@ -34,6 +35,7 @@ class Value:
     shape: tuple[int, ...]
     node: Node | None = None
     active: bool = False
+    learned: bool = False
     constant: Any = None
     consumers: list[Node] = dataclasses.field(default_factory=list)
     modules: list[Call] = dataclasses.field(default_factory=list)
@@ -105,7 +107,8 @@ class Graph:
 
     Args:
       closed: the network's program.
-      constants: its parameters, the first arguments of the program.
+      constants: its parameters and what else it holds, the first arguments of the program.
+      num_learned: how many of these, from the first on, are parameters.
 
     Attributes:
       inputs: the network's own inputs.
@@ -113,11 +116,14 @@ class Graph:
       nodes: in the order of the program, those that the outputs depend on.
     """
 
-    def __init__(self, closed: ClosedJaxpr, constants: Sequence[Any]):
+    def __init__(self, closed: ClosedJaxpr, constants: Sequence[Any], num_learned: int):
         self._nodes: list[Node] = []
         self._open: dict[tuple[Path, int], Value] = {}
         avals = [var.aval for var in closed.jaxpr.invars]
-        held = [Value(jnp.shape(c), constant=c) for c in constants]
+        held = [
+            Value(jnp.shape(constant), constant=constant, learned=place < num_learned)
+            for place, constant in enumerate(constants)
+        ]
         self.inputs = [Value(aval.shape, active=True) for aval in avals[len(constants) :]]
         self.outputs = self._run(closed, [*held, *self.inputs])
         self.nodes = self._needed()
@@ -178,8 +184,9 @@ class Graph:
     def _add(self, node: Node) -> list[Value]:
         self._nodes.append(node)
         active = any(value.active for value in node.inputs)
+        learned = not active and any(value.learned for value in node.inputs)
         for value in node.outputs:
-            value.node, value.active = node, active
+            value.node, value.active, value.learned = node, active, learned
         return node.outputs
 
     def _mark(self, value: Value, *, kind: str, call: Call) -> Value:
@@ -214,7 +221,7 @@ class Graph:
 
     def _member(self, value: Value, index: int) -> Value:
         if value.constant is not None:
-            return Value(value.shape[1:], constant=value.constant[index])
+            return Value(value.shape[1:], constant=value.constant[index], learned=value.learned)
         node = Node(
             "slice_member", [value], [Value(value.shape[1:])], {"index": index}, _slice_member
         )
@@ -284,6 +291,9 @@ SHAPES = frozenset(
         *("reshape", "rev", "slice", "slice_member", "split", "squeeze", "stack", "transpose"),
     }
 )
+
+# Multiplies by an array: a layer, where that is learned, else a blur or an interpolation.
+PRODUCTS = frozenset({"conv_general_dilated", "dot_general"})
 
 # Sums (from which averages are made) and maxima over places.
 SUMS = frozenset({"reduce_sum", "reduce_window_sum"})

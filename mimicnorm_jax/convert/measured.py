@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,15 @@ class _Statistic(nnx.BatchStat):
     """What is kept in a layer; called a statistic, so that what stacks layers stacks it too."""
 
 
+# Of what independent inputs would make of a kernel, by which it counts as nothing: rounding, where
+# a centred kernel sees equal channels, as of a grey image.
+_NOTHING = 1e-6
+
+
 @functools.cache
 def _measuring(kind: Any) -> type[nnx.Module]:
-    def call(self: Any, *args: Any, **kwargs: Any) -> jax.Array:
-        y = kind.__call__(self, *args, **kwargs)  # type: ignore[operator]
+    def call(self: Any, x: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+        y = kind.__call__(self, x, *args, **kwargs)
         wide = y.astype(jnp.promote_types(y.dtype, jnp.float32))
         scale = getattr(self, "scale", None)
         bias = getattr(self, "bias", None)
@@ -30,11 +35,33 @@ def _measuring(kind: Any) -> type[nnx.Module]:
         bias = 0.0 if bias is None else bias[...]
         before = wide / scale - bias
         moment = jnp.mean(jnp.square(before))
-        self.moment[...] = moment
-        factor = jax.lax.rsqrt(jnp.where(self.divides[...] & (moment > 0), moment, 1.0))
+        kernel = self.kernel[...].astype(wide.dtype)
+        weights = jnp.sum(jnp.square(kernel)) / kernel.shape[-1]
+        usual = weights * jnp.mean(jnp.square(x.astype(wide.dtype)))
+        measured = jnp.where(moment > _NOTHING * usual, jax.lax.rsqrt(moment), 0.0)
+        # Called several times, the first decides, and the farthest from 1 is told.
+        first = jnp.isnan(self.factor[...])
+        self.factor[...] = jnp.where(first, measured, self.factor[...])
+        farther = jnp.abs(jnp.log(moment)) > jnp.abs(jnp.log(self.moment[...]))
+        self.moment[...] = jnp.where(first | farther, moment, self.moment[...])
+        divides = self.divides[...] & (self.factor[...] > 0)
+        factor = jnp.where(divides, self.factor[...], 1.0)
         return (scale * (before * factor + bias)).astype(y.dtype)
 
     return type(kind.__name__, (kind,), {"__call__": call})
+
+
+class Measurement(NamedTuple):
+    """What was measured of a layer: numbers, or arrays of the shape of its stack.
+
+    Attributes:
+      moment: the second moment of its output; NaN where it was called where no statistics come
+        from, as inside other transformations than those of Flax.
+      factor: what its kernel is to be multiplied by; 0 where it puts out nothing, NaN as above.
+    """
+
+    moment: jax.Array
+    factor: jax.Array
 
 
 class Meter:
@@ -63,7 +90,10 @@ class Meter:
             model = nnx.merge(graphdef, state)
             model(*join(arrays))
             called: dict[Path, Any] = dict(nnx.iter_modules(model))
-            return {name: called[path].moment[...] for name, path in self._where.items()}
+            return {
+                name: Measurement(called[path].moment[...], called[path].factor[...])
+                for name, path in self._where.items()
+            }
 
         options = quick_compilation(jax.default_backend())
         self._run = jax.jit(run, compiler_options=options)
@@ -77,18 +107,15 @@ class Meter:
             kind: Any = type(measured)
             object.__setattr__(measured, "__class__", _measuring(kind))
             measured.moment = _Statistic(jnp.full(stack, jnp.nan))
+            measured.factor = _Statistic(jnp.full(stack, jnp.nan))
             measured.divides = _Statistic(jnp.full(stack, name in divided))
         return nnx.split(copy)
 
-    def second_moments(self, *, divided: frozenset[Path] = frozenset()) -> dict[Path, jax.Array]:
+    def measure(self, *, divided: frozenset[Path] = frozenset()) -> dict[Path, Measurement]:
         """Runs the network as it is now.
 
         Args:
           divided: layers whose output is divided by the root of its second moment before it goes
             on: what follows is measured as if their kernels were divided already.
-
-        Returns:
-          By name a number, or an array of the shape of the stack; NaN where the layer was called
-          where no statistics come from, as inside other transformations than those of Flax.
         """
         return jax.device_get(self._run(self._split(divided)[1], self._arrays))

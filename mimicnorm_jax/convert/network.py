@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -13,7 +13,7 @@ from flax import nnx
 
 from mimicnorm_jax.convert.build import Built, build, rescale, stack_of
 from mimicnorm_jax.convert.graph import Path
-from mimicnorm_jax.convert.measured import Meter
+from mimicnorm_jax.convert.measured import Measurement, Meter
 from mimicnorm_jax.convert.plan import CenterRule, Layer, Plan, To, make_plan, name
 from mimicnorm_jax.convert.report import LayerReport, Report, farthest_from_one
 from mimicnorm_jax.convert.trace import trace
@@ -92,9 +92,10 @@ def convert(
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(args))
     if abstract and variance == "measured":
         raise UserError("variance='measured' needs arrays; variance='formula' takes shapes")
-    by_formula = _formula(built, plan, only_repeated=variance == "measured")
-    before: dict[Path, Any] = {}
-    after: dict[Path, Any] = {}
+    before: dict[Path, Measurement] = {}
+    after: dict[Path, Measurement] = {}
+    if variance == "formula":
+        _use_formula(built, plan, plan.layers)
     if not abstract:
         layers = {
             layer.path: (built.layers[layer.path], stack_of(layer))
@@ -104,10 +105,9 @@ def convert(
         meter = Meter(built.network, layers, args)
         if variance == "measured":
             gates = {layer.path for layer in plan.layers if layer.gate}
-            divided = frozenset(layers) - by_formula - gates
-            before = meter.second_moments(divided=divided)
-            _divide(built, plan, before, divided)
-        after = meter.second_moments()
+            before = meter.measure(divided=frozenset(layers) - gates)
+            _divide(built, plan, before)
+        after = meter.measure()
     return Conversion(built.network, _report(plan, built, to, before, after))
 
 
@@ -129,16 +129,10 @@ def _has_learned(norm: Any) -> bool:
     )
 
 
-def _repeated(layer: Layer) -> bool:
-    """Whether several calls of the program share one kernel."""
-    return len({node.call.number for node in layer.nodes if node.call is not None}) > 1
-
-
-def _formula(built: Built, plan: Plan, *, only_repeated: bool) -> frozenset[Path]:
-    """Gives kernels the variance of theory; returns of which layers."""
-    done = []
-    for layer in plan.layers:
-        if layer.reason or layer.gate or (only_repeated and not _repeated(layer)):
+def _use_formula(built: Built, plan: Plan, layers: Iterable[Layer]) -> None:
+    """Gives kernels the variance of theory."""
+    for layer in layers:
+        if layer.reason or layer.gate:
             continue
         module = built.layers[layer.path]
         kernel = np.asarray(module.kernel[...], np.float64)
@@ -158,26 +152,28 @@ def _formula(built: Built, plan: Plan, *, only_repeated: bool) -> frozenset[Path
             plan.notes.append(f"{name(layer.path)}: a constant kernel cannot be rescaled")
             continue
         rescale(module, np.sqrt(target / square))
-        done.append(layer.path)
-    return frozenset(done)
 
 
-def _divide(built: Built, plan: Plan, moments: dict[Path, Any], divided: frozenset[Path]) -> None:
+def _divide(built: Built, plan: Plan, measured: dict[Path, Measurement]) -> None:
+    """Gives kernels the variance by which their output has a second moment of 1."""
     for layer in plan.layers:
-        if layer.path not in divided:
+        if layer.gate or layer.path not in measured:
             continue
-        moment = np.asarray(moments[layer.path], np.float64)
-        if not np.all(moment > 0) or not np.all(np.isfinite(moment)):
-            plan.notes.append(
-                f"{name(layer.path)}: its second moment is {farthest_from_one(moment):.3g} "
-                "on the arguments, its kernel was not rescaled"
-            )
+        factor = np.asarray(measured[layer.path].factor)
+        if np.all(factor > 0) and np.all(np.isfinite(factor)):
+            rescale(built.layers[layer.path], factor)
             continue
-        rescale(built.layers[layer.path], 1.0 / np.sqrt(moment))
+        why = "was not measured" if np.isnan(factor).any() else "puts out nothing on the arguments"
+        plan.notes.append(f"{name(layer.path)}: it {why}, and has the variance of the formula")
+        _use_formula(built, plan, [layer])
 
 
 def _report(
-    plan: Plan, built: Built, to: str, before: dict[Path, Any], after: dict[Path, Any]
+    plan: Plan,
+    built: Built,
+    to: str,
+    before: dict[Path, Measurement],
+    after: dict[Path, Measurement],
 ) -> Report:
     rows: list[tuple[int, LayerReport]] = []
     for layer in plan.layers:
@@ -209,8 +205,8 @@ def _report(
     return Report(to, tuple(row for _, row in rows), tuple(plan.notes))
 
 
-def _moment(moments: dict[Path, Any], path: Path) -> float | None:
-    return farthest_from_one(moments[path]) if path in moments else None
+def _moment(measured: dict[Path, Measurement], path: Path) -> float | None:
+    return farthest_from_one(measured[path].moment) if path in measured else None
 
 
 def _became(layer: Layer) -> str:

@@ -136,20 +136,21 @@ def trace(model: nnx.Module, args: Sequence[Any], logits: Callable[[Any], Any] |
     watched = nnx.clone(model)
     watched.eval()
     _watch(watched)
-    graphdef, state = nnx.split(watched)
-    constants, structure = jax.tree.flatten(state)
+    graphdef, *states = nnx.split(watched, nnx.Param, ...)
+    constants, structure = jax.tree.flatten(states)
+    num_learned = len(jax.tree.leaves(states[0]))
     arrays, join = Arguments(args).split()
     if not arrays:
         raise UserError("the network's arguments are needed: convert(model, images)")
 
     def run(constants: Sequence[Any], arrays: Sequence[Any]) -> Any:
-        network = nnx.merge(graphdef, jax.tree.unflatten(structure, constants))
+        network = nnx.merge(graphdef, *jax.tree.unflatten(structure, constants))
         outputs = network(*join(arrays))
         chosen = chosen_logits(outputs, logits)
         return chosen, [leaf for leaf in jax.tree.leaves(outputs) if hasattr(leaf, "shape")]
 
     closed, (chosen, _) = jax.make_jaxpr(run, return_shape=True)(constants, arrays)
-    graph = Graph(closed, constants)
+    graph = Graph(closed, constants, num_learned)
     return Traced(graph, dict(nnx.iter_modules(model)), graph.outputs[: len(chosen)])
 
 

@@ -13,7 +13,6 @@ from flax import nnx
 
 import mimicnorm_jax
 from mimicnorm_jax import LastBN, WeightMeanConv, WeightMeanDense, center_kernel
-from tests.convert.training import NETWORKS
 
 # What their structure asks for: number of layers centred, of residual blocks, and of BatchNorms
 # that become a shift.
@@ -30,9 +29,21 @@ EXPECTED = {
     "convnext": (10, 7, 3),
     "vgg_avgpool": (5, 0, 0),
     "scanned_resnet": (15, 9, 0),
+    # written without sight of the code, when it was ready for the twelve above
+    "repvgg": (18, [1, 1, 2, 2, 3, 3, 4, 4, 5, 5], 5),
+    "resnext": (19, 4, 0),
+    "nin": (16, 0, 1),
+    "hourglass": (13, 3, 0),
+}
+# Where a kernel cannot make it: a centred kernel of 1x1 sees nothing of a grey image; and what is
+# called on three levels of a pyramid is brought to 1 on the first.
+NOT_ONE = {
+    ("repvgg", "stage0/layers/0/rbr_1x1/conv"),
+    ("hourglass", "head/tower/layers/0"),
+    ("hourglass", "head/tower/layers/3"),
 }
 QUICK = ("scanned_resnet", "se_resnet")
-SLOW = tuple(name for name in NETWORKS if name not in QUICK)
+SLOW = tuple(name for name in EXPECTED if name not in QUICK)
 ALL = (*QUICK, *(pytest.param(name, marks=pytest.mark.long) for name in SLOW))
 SHAPE = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
 
@@ -92,14 +103,15 @@ def scales_of(report):
     return sorted(round(scale**-2, 3) for scale in flat)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", EXPECTED)
 def test_every_layer_gets_what_its_place_asks_for(name):
     model = create(name)
     before = jax.tree.leaves(nnx.state(model, nnx.Param))
     network, report = convert(model, SHAPE, variance="formula")
     centered, blocks, shifts = EXPECTED[name]
     assert report.num_centered == centered
-    assert scales_of(report) == list(range(1, blocks + 1))
+    scales = blocks if isinstance(blocks, list) else list(range(1, blocks + 1))
+    assert scales_of(report) == scales
     assert sum(layer.became.startswith("a shift") for layer in report.layers) == shifts
     kinds = [type(module) for _, module in nnx.iter_modules(network)]
     assert nnx.BatchNorm not in kinds
@@ -119,7 +131,9 @@ def test_every_layer_starts_with_a_second_moment_of_one(name):
         if layer.second_moment is not None and "gate" not in layer.became
     }
     assert len(moments) >= EXPECTED[name][0]
-    assert all(0.9 < moment < 1.1 for moment in moments.values()), moments
+    for path, moment in moments.items():
+        if (name, path) not in NOT_ONE:
+            assert 0.9 < moment < 1.1, path
     for _, layer in nnx.iter_modules(network):
         if isinstance(layer, WeightMeanConv | WeightMeanDense):
             kernel = layer.kernel[...]
