@@ -67,7 +67,7 @@ class Network(nnx.Module):
             x = stage(x)
             feats.append(x)
 
-        *skips, deep = [conv(f) for conv, f in zip(self.lateral, feats)]
+        *skips, deep = [conv(f) for conv, f in zip(self.lateral, feats, strict=True)]
         pyramid = [deep]
         for i, skip in reversed(list(enumerate(skips))):
             up = jax.image.resize(pyramid[-1], skip.shape, method="bilinear")

@@ -53,7 +53,7 @@ class Network(nnx.Module):
         rngs: nnx.Rngs,
     ):
         din = channels
-        for i, (width, depth) in enumerate(zip(widths, depths)):
+        for i, (width, depth) in enumerate(zip(widths, depths, strict=True)):
             blocks = []
             for j in range(depth):
                 stride = 2 if i > 0 and j == 0 else 1

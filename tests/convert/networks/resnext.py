@@ -51,7 +51,8 @@ class Bottleneck(nnx.Module):
 
     def __call__(self, x):
         y, outs, prev = self.act1(self.bn1(self.conv1(x))), [], 0.0
-        for piece, conv, bn in zip(jnp.split(y, self.scale, axis=-1), self.convs, self.bns):
+        pieces = jnp.split(y, self.scale, axis=-1)
+        for piece, conv, bn in zip(pieces, self.convs, self.bns, strict=True):
             prev = nnx.leaky_relu(bn(conv(piece + prev)), negative_slope=0.1)
             outs.append(prev)
         y = jnp.concatenate(outs, axis=-1)
