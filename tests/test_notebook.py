@@ -66,6 +66,7 @@ def test_it_runs_from_top_to_bottom(photos, tmp_path, monkeypatch):
     assert '"test_accuracy"' in printed(cell_with(notebook, "--mode=eval"))
     answers = printed(cell_with(notebook, "network.predict"))
     assert " % dark" in answers and " % light" in answers
+    assert "1 layer centred, method mimicnorm" in printed(cell_with(notebook, "convert("))
     assert "batchnorm" in printed(cell_with(notebook, "tools.memory"))
     pictures = [
         output

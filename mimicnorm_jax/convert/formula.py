@@ -22,7 +22,7 @@ from mimicnorm_jax.convert.graph import (
     source,
     summed,
 )
-from mimicnorm_jax.theory.activation import IDENTITY, Moments, activation_moments
+from mimicnorm_jax.layers.activation import IDENTITY, Moments, activation_moments
 
 _CHOICES = frozenset({"max", "min", "select_n"})
 _ADDITIONS = frozenset({"add", "add_any"})

@@ -18,7 +18,7 @@ from mimicnorm_jax.convert.plan import CenterRule, Layer, Plan, To, make_plan, n
 from mimicnorm_jax.convert.report import LayerReport, Report, farthest_from_one
 from mimicnorm_jax.convert.trace import trace
 from mimicnorm_jax.errors import UserError, unknown
-from mimicnorm_jax.theory.activation import stable_variance_of
+from mimicnorm_jax.layers.activation import stable_variance_of
 
 Variance = Literal["measured", "formula"]
 
@@ -67,7 +67,7 @@ def convert(
       variance: of the initial weights. ``"measured"``: each kernel, in the order of the data, is
         divided by the root of the second moment of what it puts out on ``args`` (Mishkin and Matas
         2016, "All you need is a good init"). ``"formula"``: what theory gives for the activation
-        before the layer, see ``mimicnorm_jax.theory.activation.stable_variance_of``.
+        before the layer, see ``mimicnorm_jax.layers.activation.stable_variance_of``.
       to: ``"mimicnorm"``; ``"weightmean"`` without last BN, where examples may not be coupled;
         ``"lastbn"`` without weight mean; ``"nonorm"`` with neither and without residual scalars.
       axis_name: mapped axis over which the last BN averages its statistics.

@@ -17,8 +17,8 @@ from mimicnorm_jax.convert.support import unsupported
 from mimicnorm_jax.convert.trace import LINEAR, NORMS, Traced
 from mimicnorm_jax.errors import UserError, unknown
 from mimicnorm_jax.layers import LastBN
+from mimicnorm_jax.layers.activation import Moments
 from mimicnorm_jax.methods.mimicnorm import MIN_FAN_IN, Center
-from mimicnorm_jax.theory.activation import Moments
 
 To = Literal["mimicnorm", "weightmean", "lastbn", "nonorm"]
 

@@ -74,7 +74,8 @@ class Report:
             cells += [cell.rjust(width) for cell, width in zip(numbers, widths[1:], strict=True)]
             lines.append("  ".join([*cells, became]))
         if self.to != INFERENCE:
-            lines.append(f"{self.num_centered} layers centred, method {self.to}")
+            layers = "layer" if self.num_centered == 1 else "layers"
+            lines.append(f"{self.num_centered} {layers} centred, method {self.to}")
         return "\n".join(line.rstrip() for line in [*lines, *(f"note: {n}" for n in self.notes)])
 
 

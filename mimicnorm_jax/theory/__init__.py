@@ -1,8 +1,9 @@
 """What mean-field theory says about a network at initialization.
 
 Of infinite width, as in the paper: ``dual`` and ``kernels`` (NNGP and NTK in closed form, phases,
-fixed points), ``patches`` (of convolutional networks), ``batches`` (with BatchNorm, on a real
-batch). ``finite`` estimates both kernels of real networks. ``docs/theory.md`` is the guide.
+fixed points), ``activation`` (other activations than ReLU), ``patches`` (of convolutional networks),
+``batches`` (with BatchNorm, on a real batch). ``finite`` estimates both kernels of real networks.
+``docs/theory.md`` is the guide.
 
 Of any network and real images: ``signal`` predicts the statistics of a layer, with distributions
 over channels from ``marginal``; ``pooling`` and ``normalization`` are its harder operations.
@@ -10,6 +11,7 @@ over channels from ``marginal``; ``pooling`` and ``normalization`` are its harde
 network on signals and measures the same on its real activations.
 """
 
+from mimicnorm_jax.theory.activation import chi1_of, dual_activation_of
 from mimicnorm_jax.theory.batches import batch_kernels, batch_norm_kernel
 from mimicnorm_jax.theory.dual import dual_activation, dual_activation_derivative
 from mimicnorm_jax.theory.finite import empirical_kernels
@@ -35,10 +37,12 @@ __all__ = [
     "batch_kernels",
     "batch_norm_kernel",
     "chi1",
+    "chi1_of",
     "condition_number",
     "conv_kernels",
     "dual_activation",
     "dual_activation_derivative",
+    "dual_activation_of",
     "empirical_kernels",
     "fixed_points",
     "nngp",
