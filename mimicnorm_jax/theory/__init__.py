@@ -1,7 +1,7 @@
 """What mean-field theory says about a network at initialization.
 
 Of infinite width, as in the paper: ``dual`` and ``kernels`` (NNGP and NTK in closed form, phases,
-fixed points), ``activation`` (other activations than ReLU), ``patches`` (of convolutional networks),
+fixed points), ``activation`` (others than ReLU), ``patches`` (of convolutional networks),
 ``batches`` (with BatchNorm, on a real batch). ``finite`` estimates both kernels of real networks.
 ``docs/theory.md`` is the guide.
 
