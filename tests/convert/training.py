@@ -138,6 +138,30 @@ class Trainer:
         return 100 * right / len(test[1]), float(np.mean(jax.device_get(losses[-20:])))
 
 
+def table(cells):
+    """Markdown: for each network the rate that was best with BatchNorm, and both means there."""
+    lines = [
+        "| network | rate | BatchNorm | converted | difference |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name in dict.fromkeys(cell["network"] for cell in cells):
+        runs = [cell for cell in cells if cell["network"] == name]
+        rates = {cell["rate"] for cell in runs if cell["variant"] == "converted"}
+        for rate in rates:
+            means = {
+                variant: [
+                    cell["accuracy"]
+                    for cell in runs
+                    if (cell["variant"], cell["rate"]) == (variant, rate)
+                ]
+                for variant in ("batchnorm", "converted")
+            }
+            if all(len(values) == len(SEEDS) for values in means.values()):
+                a, b = (float(np.mean(values)) for values in means.values())
+                lines.append(f"| `{name}` | {rate} | {a:.2f} | {b:.2f} | {b - a:+.2f} |")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--networks", nargs="*", default=NETWORKS)
@@ -145,8 +169,10 @@ def main():
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a JSON file")
     parser.add_argument("--options", type=json.loads, default={}, help="of convert")
-    parser.add_argument("--variants", nargs="*", default=("batchnorm", "converted"))
+    parser.add_argument("--table", action="store_true", help="print a finished file only")
     args = parser.parse_args()
+    if args.table:
+        return print(table(json.loads(args.out.read_text())))
     train, test = digits() if args.cifar10 is None else cifar10(args.cifar10)
     channels = train[0].shape[-1]
     steps = args.epochs * len(train[1]) // BATCH
