@@ -152,7 +152,10 @@ class _Folder:
         if not ends or any(end is None or not np.isfinite(end.factor) for end in ends):
             return None
         places = {end.layer.call.path for end in ends if end is not None and end.layer.call}
-        if len(places) != 1 or _axis(self.modules[path]) not in (-1, len(nodes[0].inputs[0].shape)):
+        if len(places) != 1 or _axis(self.modules[path]) not in (
+            -1,
+            len(nodes[0].inputs[0].shape) - 1,
+        ):
             return None
         (place,) = places
         calls = self.flow.calls_of(LINEAR)[place]

@@ -171,7 +171,7 @@ class _Planner:
         for layer in plan.layers:
             self._check_roles(layer)
         for norm in plan.norms:
-            feeding = [self._layer_of(self.flow.fed_by(node)) for node in norm.nodes]
+            feeding = [self._layer_before(norm, node) for node in norm.nodes]
             taken = [layer for layer in feeding if layer is not None and not layer.reason]
             norm.absorbed = len(taken) == len(feeding)
             for layer in taken if norm.absorbed else ():
@@ -187,6 +187,11 @@ class _Planner:
                 "goes by model.train() and model.eval()"
             )
         return plan
+
+    def _layer_before(self, norm: Norm, node: Node) -> Layer | None:
+        """The layer that feeds a norm of its last axis, and nothing else."""
+        last = getattr(norm.module, "axis", -1) in (-1, len(node.inputs[0].shape) - 1)
+        return self._layer_of(self.flow.fed_by(node)) if last else None
 
     def _layer_of(self, node: Node | None) -> Layer | None:
         return None if node is None or node.call is None else self.layers[node.call.path]

@@ -14,7 +14,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from mimicnorm_jax.convert.graph import Call, Graph, Path, Value
-from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.errors import UserError, first_line
 from mimicnorm_jax.layers import LastBN, ScaledConv, ScaledDense
 from mimicnorm_jax.layers.batch_norm import ShiftedBatchNorm
 
@@ -131,7 +131,8 @@ def trace(model: nnx.Module, args: Sequence[Any], logits: Callable[[Any], Any] |
       logits: chooses the logits among the outputs; None where there is one output.
 
     Raises:
-      UserError: the outputs are several, and none is chosen; or none is an array ``(B, ..., C)``.
+      UserError: the network raises an error; the outputs are several, and none is chosen; or what
+        is chosen is no array ``(B, ..., C)``.
     """
     watched = nnx.clone(model)
     watched.eval()
@@ -149,7 +150,13 @@ def trace(model: nnx.Module, args: Sequence[Any], logits: Callable[[Any], Any] |
         chosen = chosen_logits(outputs, logits)
         return chosen, [leaf for leaf in jax.tree.leaves(outputs) if hasattr(leaf, "shape")]
 
-    closed, (chosen, _) = jax.make_jaxpr(run, return_shape=True)(constants, arrays)
+    try:
+        closed, (chosen, _) = jax.make_jaxpr(run, return_shape=True)(constants, arrays)
+    except UserError as error:
+        raise UserError(str(error)) from None  # without JAX's note about its traceback
+    except Exception as error:  # whatever a network of somebody else raises
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"the network cannot be called with these arguments: {why}") from error
     graph = Graph(closed, constants, num_learned)
     return Traced(graph, dict(nnx.iter_modules(model)), graph.outputs[: len(chosen)])
 

@@ -89,6 +89,23 @@ def test_a_layer_that_feeds_something_else_too_is_centred_and_its_norm_a_shift()
     assert became(report, "stem").centered and network.stem.bias is None
 
 
+def test_a_norm_of_another_axis_is_a_shift_of_that_axis():
+    def function(m, x):
+        y = m.second(m.norm(m.stem(x)).transpose(0, 3, 1, 2)).transpose(0, 2, 3, 1)
+        return m.head(nnx.relu(y).mean((1, 2)))
+
+    model = net(function, second=norm(8, axis=1))
+    network, _ = convert(model)
+    assert isinstance(network.second, Shift) and network.second.axis == 1
+    example = jax.random.normal(jax.random.key(0), SHAPE.shape)
+    network.second.bias[...] = jnp.arange(8.0)
+    assert network(example).shape == (4, 5)
+    model.eval()
+    model.second.mean[...] = jnp.arange(8.0)
+    folded = mimicnorm_jax.fold(model, example).network
+    np.testing.assert_allclose(folded(example), model(example), atol=1e-5)
+
+
 def test_what_is_an_output_too_is_not_for_the_norm_alone():
     def function(m, x):
         y = m.stem(x)
@@ -323,6 +340,13 @@ def test_the_order_of_a_dictionary_is_kept():
         (net(plain), (), {"variance": "measured"}, "needs arrays; variance='formula' takes shapes"),
         (net(plain), ("x",), {}, r"arguments are needed: convert\(model, images\)"),
         (net(lambda m, x: m.head(m.stem(x).mean((1, 2)))), (), {}, "calls no BatchNorm"),
+        (net(plain), (SHAPE, 1), {}, "cannot be called with these arguments: TypeError: "),
+        (
+            net(plain, norm=norm(8, axis=(2, 3))),
+            (),
+            {},
+            r"norm: a BatchNorm of several axes .*2, 3",
+        ),
         (net(lambda m, x: nnx.softmax(plain(m, x))), (), {}, "the logits are a linear function"),
         (net(lambda m, x: (plain(m, x),) * 2), (), {}, "returns 2 arrays: say which are logits"),
         (net(lambda m, x: plain(m, x)[0]), (), {}, r"logits have shape \(B, ..., C\), the network"),
