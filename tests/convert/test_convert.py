@@ -341,12 +341,6 @@ def test_the_order_of_a_dictionary_is_kept():
         (net(plain), ("x",), {}, r"arguments are needed: convert\(model, images\)"),
         (net(lambda m, x: m.head(m.stem(x).mean((1, 2)))), (), {}, "calls no BatchNorm"),
         (net(plain), (SHAPE, 1), {}, "cannot be called with these arguments: TypeError: "),
-        (
-            net(plain, norm=norm(8, axis=(2, 3))),
-            (),
-            {},
-            r"norm: a BatchNorm of several axes .*2, 3",
-        ),
         (net(lambda m, x: nnx.softmax(plain(m, x))), (), {}, "the logits are a linear function"),
         (net(lambda m, x: (plain(m, x),) * 2), (), {}, "returns 2 arrays: say which are logits"),
         (net(lambda m, x: plain(m, x)[0]), (), {}, r"logits have shape \(B, ..., C\), the network"),
