@@ -34,6 +34,15 @@ def _is_product(node: Node) -> bool:
     )
 
 
+def _keeps_channels(node: Node) -> bool:
+    """Whether what a node returns has the channels of its input as last axis, and no others."""
+    if node.call is not None or len(node.active_inputs) != 1:
+        return False
+    given, made = node.active_inputs[0].shape, node.outputs[0].shape
+    moved = node.name in SHAPES - {"reshape", "squeeze", "expand_dims"}
+    return not moved and given[-1:] == made[-1:]
+
+
 class LinearEnd(NamedTuple):
     """The layer of which a value is a linear function.
 
@@ -127,15 +136,20 @@ class Flow:
             value = value.node.inputs[0]
         return None
 
+    def channels_of(self, value: Value) -> LinearEnd | None:
+        """The layer whose channels a value has as its last axis, averaged over places at most."""
+        return self.linear_end(value, same_channels=True)
+
     def linear_end(
-        self, value: Value, *, alone: bool = True, through_norms: bool = True
+        self, value: Value, *, alone: bool = True, same_channels: bool = False
     ) -> LinearEnd | None:
         """The layer of which a value is a linear (or affine) function, with no other in between.
 
         Args:
           value: the result.
           alone: whether all on the way must be used for this result only.
-          through_norms: whether norms may lie in between.
+          same_channels: whether the last axis must be that of the layer's channels all the way,
+            with no zeros added and no norm in between.
         """
         averaged, factor, end = False, 1.0, value
         while (node := value.node) is not None:
@@ -143,7 +157,9 @@ class Flow:
                 return None
             if self._is(node, LINEAR):
                 return LinearEnd(node, averaged, factor)
-            if self._is(node, NORMS) and through_norms:
+            if same_channels and not _keeps_channels(node):
+                return None
+            if self._is(node, NORMS):
                 pass
             elif node.call is not None or len(node.active_inputs) != 1:
                 return None

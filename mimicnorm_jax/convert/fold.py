@@ -147,22 +147,19 @@ class _Folder:
         """The layer that takes up a norm, and by what the network multiplies in between."""
         if self.flow is None:
             return None
+        norm = self.modules[path]
         nodes = self.flow.calls_of((*NORMS, LastBN)).get(path, [])
-        ends = [self.flow.linear_end(n.inputs[0], through_norms=False) for n in nodes]
+        ends = [self.flow.channels_of(node.inputs[0]) for node in nodes]
         if not ends or any(end is None or not np.isfinite(end.factor) for end in ends):
             return None
         places = {end.layer.call.path for end in ends if end is not None and end.layer.call}
-        if len(places) != 1 or _axis(self.modules[path]) not in (
-            -1,
-            len(nodes[0].inputs[0].shape) - 1,
-        ):
+        if len(places) != 1 or _axis(norm) not in (-1, len(nodes[0].inputs[0].shape) - 1):
             return None
         (place,) = places
-        calls = self.flow.calls_of(LINEAR)[place]
-        if {end.layer for end in ends if end is not None} != set(calls):
+        if {end.layer for end in ends if end is not None} != set(self.flow.calls_of(LINEAR)[place]):
             return None  # it also feeds something else
-        inner = self.modules[place]
-        if not isinstance(inner, nnx.Conv | nnx.Linear | ScaledConv | ScaledDense):
+        target = self.made.get(place, self.modules[place])
+        if type(target) not in (nnx.Conv, nnx.Linear):  # a subclass may do more with its kernel
             return None
         assert ends[0] is not None
         return place, ends[0].factor

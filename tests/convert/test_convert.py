@@ -106,6 +106,41 @@ def test_a_norm_of_another_axis_is_a_shift_of_that_axis():
     np.testing.assert_allclose(folded(example), model(example), atol=1e-5)
 
 
+class Standardized(nnx.Conv):
+    """Its kernel's scale has no effect."""
+
+    def __call__(self, x):
+        kernel = self.kernel[...]
+        plain = nnx.Conv(8, 8, (3, 3), use_bias=False, rngs=nnx.Rngs(0))
+        plain.kernel.set_value(kernel / jnp.std(kernel))
+        return plain(x)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda m, x: m.second(m.a(x)),
+        lambda m, x: m.second(jnp.pad(m.plain(x), ((0, 0), (1, 1), (1, 1), (0, 0)))),
+        lambda m, x: m.second(m.plain(x).transpose(0, 1, 3, 2)),
+        lambda m, x: m.second(m.norm(m.plain(x))),
+    ],
+    ids=["a subclass", "zeros", "another axis", "two norms"],
+)
+def test_what_cannot_be_folded_exactly_is_not(between):
+    model = net(
+        lambda m, x: m.head(nnx.relu(between(m, m.stem(x))).mean((1, 2))),
+        a=lambda rngs: Standardized(8, 8, (3, 3), use_bias=False, rngs=rngs),
+        plain=conv(8, 8),
+        second=norm(8),
+    )
+    model.eval()
+    model.second.mean[...] = -jnp.arange(8.0)
+    model.second.var[...] = 1 + jnp.arange(8.0)
+    example = jax.random.normal(jax.random.key(0), SHAPE.shape)
+    folded = mimicnorm_jax.fold(model, example).network
+    np.testing.assert_allclose(folded(example), model(example), atol=1e-5)
+
+
 def test_what_is_an_output_too_is_not_for_the_norm_alone():
     def function(m, x):
         y = m.stem(x)
