@@ -12,7 +12,7 @@ from flax import nnx
 from mimicnorm_jax.convert.flow import Flow
 from mimicnorm_jax.convert.formula import expected_moments
 from mimicnorm_jax.convert.graph import Node, Path, Value
-from mimicnorm_jax.convert.residual import Join, residual_joins
+from mimicnorm_jax.convert.residual import residual_joins
 from mimicnorm_jax.convert.support import unsupported
 from mimicnorm_jax.convert.trace import LINEAR, NORMS, Traced
 from mimicnorm_jax.errors import UserError, unknown
@@ -91,14 +91,12 @@ class Plan:
       scaled: modules (other than layers) whose output a residual scalar multiplies, with its
         initial value; of a stack one a member.
       notes: what else is to be said, line by line.
-      joins: the residual additions.
     """
 
     layers: list[Layer]
     norms: list[Norm]
     scaled: dict[Path, list[float]] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
-    joins: list[Join] = dataclasses.field(default_factory=list)
 
 
 def name(path: Path) -> str:
@@ -209,9 +207,9 @@ class _Planner:
             layer.last_bn = "mean" if end.averaged else "each"
 
     def _place_scalars(self, plan: Plan) -> None:
-        plan.joins, parallel = residual_joins(self.traced.graph, self.flow.is_linear)
+        joins, parallel = residual_joins(self.traced.graph, self.flow.is_linear)
         placed: dict[Path, dict[Node, float]] = {}
-        for join in plan.joins:
+        for join in joins:
             for branch in join.branches:
                 self._place_scalar(plan, join.index**-0.5, branch, placed)
         for path, scales in placed.items():
