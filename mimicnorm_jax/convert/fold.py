@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 
 from mimicnorm_jax.convert.flow import Flow
 from mimicnorm_jax.convert.graph import Path
 from mimicnorm_jax.convert.layers import NormalizedLogits, Scaled, ScaleShift, Shift, passed_on
+from mimicnorm_jax.convert.linen import linen_module
+from mimicnorm_jax.convert.linen_network import LinenNetwork
 from mimicnorm_jax.convert.plan import name
 from mimicnorm_jax.convert.report import INFERENCE, LayerReport, Report
 from mimicnorm_jax.convert.substitute import copied, substitute
-from mimicnorm_jax.convert.trace import LINEAR, NORMS, trace
+from mimicnorm_jax.convert.trace import LINEAR, NORMS, Arguments, trace
+from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers import Dropout, LastBN, ScaledConv, ScaledDense
 from mimicnorm_jax.layers.relu import Relu, relu
 from mimicnorm_jax.layers.remat import Runner, run
@@ -39,7 +42,7 @@ class Folded(NamedTuple):
     report: Report
 
 
-def fold(model: nnx.Module, *args: Any) -> Folded:
+def fold(model: nnx.Module | linen.Module | LinenNetwork, *args: Any, **kwargs: Any) -> Folded:
     """The same function as plain layers, for inference.
 
     Layers of this package become ``nnx.Conv`` and ``nnx.Linear``, with their kernels centred and
@@ -53,9 +56,10 @@ def fold(model: nnx.Module, *args: Any) -> Folded:
 
     Args:
       model: a trained network: converted, of ``create_model``, or with ``nnx.BatchNorm``. It is
-        left as it was.
-      *args: what it is called with; shapes (``jax.ShapeDtypeStruct``) are enough. From them it is
-        read which layer feeds which BatchNorm. A converted network needs none.
+        left as it was. Of ``flax.linen``, a network or what it was converted to: then ``args``
+        begin with its variables, and the plain network is called as ``plain(images)``.
+      *args, **kwargs: what it is called with; shapes (``jax.ShapeDtypeStruct``) are enough. From
+        them it is read which layer feeds which BatchNorm. A converted network needs none.
 
     Returns:
       The plain network and the report.
@@ -63,7 +67,15 @@ def fold(model: nnx.Module, *args: Any) -> Folded:
     Raises:
       UserError: the network cannot be called with ``args``.
     """
-    return _Folder(model, args).fold()
+    if isinstance(model, linen.Module | LinenNetwork):
+        if not args or not isinstance(args[0], Mapping):
+            raise UserError("of flax.linen variables come first: fold(model, variables, images)")
+        variables, args = args[0], args[1:]
+        if isinstance(model, LinenNetwork):
+            model = model.bind(variables)
+        else:
+            model = linen_module(model, Arguments(args, kwargs), variables)
+    return _Folder(model, Arguments(args, kwargs)).fold()
 
 
 class _Folder:
@@ -72,11 +84,13 @@ class _Folder:
     ``made`` has what takes the place of a module, by the path of that; ``became`` what is said.
     """
 
-    def __init__(self, model: nnx.Module, args: tuple[Any, ...]):
+    def __init__(self, model: nnx.Module, given: Arguments):
         self.network = copied(model)
         self.network.eval()
         self.modules: dict[Path, Any] = dict(nnx.iter_modules(self.network))
-        self.flow = Flow(trace(model, args, lambda outputs: outputs)) if args else None
+        self.flow = None
+        if given.arrays:
+            self.flow = Flow(trace(model, given, lambda outputs: outputs))
         self.made: dict[Path, Any] = {}
         self.became: dict[Path, str] = {}
 

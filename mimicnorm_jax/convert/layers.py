@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -73,6 +74,24 @@ class Scaled(nnx.Module):
         """``scale * module(...)``."""
         y = self.module(*args, **kwargs)  # type: ignore[operator]
         return y * self.scale[...].astype(y.dtype)
+
+
+class ForeignLayer(nnx.Module):
+    """A layer of Linen that NNX or this package does not have: Linen's own code computes it.
+
+    Args:
+      kind_name: the name of its class.
+      variables: its parameters, by name.
+    """
+
+    def __init__(self, kind_name: str, variables: Mapping[str, jax.Array]):
+        self.kind_name = kind_name
+        for name in {"bias", *variables}:
+            setattr(self, name, nnx.Param(variables[name]) if name in variables else None)
+
+    def __call__(self, x: jax.Array, proceed: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """``proceed(x)``."""
+        return proceed(x)
 
 
 class NormalizedLogits(nnx.Module):

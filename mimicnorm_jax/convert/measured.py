@@ -70,25 +70,25 @@ class Meter:
     Args:
       network: runs in evaluation mode; it is left as it is.
       layers: those to measure, with the axes of their stack, by a name.
-      args: of the network's call.
+      given: the arguments of the network's call.
     """
 
     def __init__(
         self,
         network: nnx.Module,
         layers: Mapping[Path, tuple[nnx.Module, tuple[int, ...]]],
-        args: Sequence[Any],
+        given: Arguments,
     ):
         self._network = network
         self._layers = layers
-        self._arrays, join = Arguments(args).split()
+        self._arrays = given.arrays
         where = {id(module): path for path, module in nnx.iter_modules(network)}
         self._where = {name: where[id(module)] for name, (module, _) in layers.items()}
         graphdef, _ = self._split(frozenset())
 
         def run(state: Any, arrays: Sequence[Any]) -> Any:
             model = nnx.merge(graphdef, state)
-            model(*join(arrays))
+            given.call(model, arrays)
             called: dict[Path, Any] = dict(nnx.iter_modules(model))
             return {
                 name: Measurement(called[path].moment[...], called[path].factor[...])
@@ -106,9 +106,9 @@ class Meter:
             measured = modules[self._where[name]]
             kind: Any = type(measured)
             object.__setattr__(measured, "__class__", _measuring(kind))
-            measured.moment = _Statistic(jnp.full(stack, jnp.nan))
-            measured.factor = _Statistic(jnp.full(stack, jnp.nan))
-            measured.divides = _Statistic(jnp.full(stack, name in divided))
+            measured.moment = _Statistic(jnp.full(stack, jnp.nan), optional=True)
+            measured.factor = _Statistic(jnp.full(stack, jnp.nan), optional=True)
+            measured.divides = _Statistic(jnp.full(stack, name in divided), optional=True)
         return nnx.split(copy)
 
     def measure(self, *, divided: frozenset[Path] = frozenset()) -> dict[Path, Measurement]:

@@ -4,46 +4,79 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args, overload
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 
 from mimicnorm_jax.convert.build import Built, build, rescale, stack_of
 from mimicnorm_jax.convert.graph import Path
+from mimicnorm_jax.convert.linen import linen_module
+from mimicnorm_jax.convert.linen_network import LinenNetwork
 from mimicnorm_jax.convert.measured import Measurement, Meter
 from mimicnorm_jax.convert.plan import CenterRule, Layer, Plan, To, make_plan, name
 from mimicnorm_jax.convert.report import LayerReport, Report, farthest_from_one
-from mimicnorm_jax.convert.trace import trace
+from mimicnorm_jax.convert.support import kind_of
+from mimicnorm_jax.convert.trace import Arguments, trace
 from mimicnorm_jax.errors import UserError, unknown
 from mimicnorm_jax.layers.activation import stable_variance_of
 
 Variance = Literal["measured", "formula"]
 
 
-class Conversion(NamedTuple):
+Network = TypeVar("Network", nnx.Module, LinenNetwork)
+
+
+class Conversion(NamedTuple, Generic[Network]):
     """What ``convert`` returns: ``network, report = convert(...)``.
 
     Attributes:
-      network: the converted copy.
+      network: the converted copy; of a network of ``flax.linen`` what has its ``init`` and
+        ``apply``.
       report: what was done to each layer.
     """
 
-    network: nnx.Module
+    network: Network
     report: Report
 
 
+@overload
 def convert(
     model: nnx.Module,
+    *args: Any,
+    logits: Callable[[Any], Any] | None = ...,
+    center: CenterRule = ...,
+    variance: Variance = ...,
+    to: To = ...,
+    axis_name: str | None = ...,
+    **kwargs: Any,
+) -> Conversion[nnx.Module]: ...
+
+
+@overload
+def convert(
+    model: linen.Module,
+    *args: Any,
+    logits: Callable[[Any], Any] | None = ...,
+    center: CenterRule = ...,
+    variance: Variance = ...,
+    to: To = ...,
+    axis_name: str | None = ...,
+    **kwargs: Any,
+) -> Conversion[LinenNetwork]: ...
+
+
+def convert(
+    model: Any,
     *args: Any,
     logits: Callable[[Any], Any] | None = None,
     center: CenterRule = "not_depthwise",
     variance: Variance = "measured",
     to: To = "mimicnorm",
     axis_name: str | None = None,
-) -> Conversion:
+    **kwargs: Any,
+) -> Conversion[Any]:
     """Puts MimicNorm in the place of the BatchNorms of a network.
 
     Which layer feeds which is read from the program that ``model(*args)`` is, not from the names
@@ -55,7 +88,8 @@ def convert(
       print(report)
 
     Args:
-      model: a network with ``nnx.BatchNorm``, called as ``model(*args)``. It is left as it was.
+      model: a network with ``nnx.BatchNorm``, called as ``model(*args, **kwargs)``. It is left as
+        it was. Or a ``flax.linen.Module``: see ``LinenNetwork``.
       *args: a batch, or what else the network takes; some tens of examples of the training data,
         normalized as in training, are good. With ``variance="formula"`` shapes are enough
         (``jax.ShapeDtypeStruct``).
@@ -71,6 +105,7 @@ def convert(
       to: ``"mimicnorm"``; ``"weightmean"`` without last BN, where examples may not be coupled;
         ``"lastbn"`` without weight mean; ``"nonorm"`` with neither and without residual scalars.
       axis_name: mapped axis over which the last BN averages its statistics.
+      **kwargs: what else the network is called with.
 
     Returns:
       The converted network, in the mode (training or evaluation) of the given one, and the report.
@@ -83,30 +118,53 @@ def convert(
     """
     if variance not in get_args(Variance):
         raise unknown("variance", variance, get_args(Variance))
+    given = Arguments(args, kwargs)
+    if isinstance(model, linen.Module):
+        original = linen_module(model, given)
+        converted = _convert(original, given, logits, center, variance, to, axis_name)
+        network = LinenNetwork(model, original, *converted)
+        return Conversion(network, converted.report)
     if not isinstance(model, nnx.Module):
-        raise UserError(f"convert takes an nnx.Module, got {type(model).__name__}")
-    traced = trace(model, args, logits)
+        raise UserError(
+            f"convert takes an nnx.Module or a linen.Module, got {type(model).__name__}"
+        )
+    return _convert(model, given, logits, center, variance, to, axis_name)
+
+
+def _convert(
+    model: Any,
+    given: Arguments,
+    logits: Callable[[Any], Any] | None,
+    center: CenterRule,
+    variance: Variance,
+    to: To,
+    axis_name: str | None,
+) -> Conversion[Any]:
+    traced = trace(model, given, logits)
     plan = make_plan(traced, to=to, center=center)
     _warn_of_what_was_learned(plan)
     built = build(model, plan, axis_name=axis_name)
-    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(args))
-    if abstract and variance == "measured":
+    if given.are_shapes and variance == "measured":
         raise UserError("variance='measured' needs arrays; variance='formula' takes shapes")
     before: dict[Path, Measurement] = {}
     after: dict[Path, Measurement] = {}
     if variance == "formula":
         _use_formula(built, plan, plan.layers)
-    if not abstract:
+    if not given.are_shapes:
         layers = {
             layer.path: (built.layers[layer.path], stack_of(layer))
             for layer in plan.layers
             if hasattr(layer.module, "kernel")
         }
-        meter = Meter(built.network, layers, args)
+        meter = Meter(built.network, layers, given)
         if variance == "measured":
             gates = {layer.path for layer in plan.layers if layer.gate}
-            before = meter.measure(divided=frozenset(layers) - gates)
-            _divide(built, plan, before)
+            measurable = frozenset(layers) - gates
+            before = meter.measure(divided=measurable)
+            lost = _divide(built, plan, before)
+            if lost:  # what follows them was measured with other kernels
+                after = meter.measure(divided=measurable - lost)
+                _divide(built, plan, {path: after[path] for path in measurable - lost})
         after = meter.measure()
     return Conversion(built.network, _report(plan, built, to, before, after))
 
@@ -118,7 +176,7 @@ def _warn_of_what_was_learned(plan: Plan) -> None:
             f"{len(learned)} BatchNorms have a scale other than 1 or a shift other than 0, which "
             f"are dropped, as are their statistics: {', '.join(learned[:3])}"
             + (" …" if len(learned) > 3 else ""),
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -154,8 +212,13 @@ def _use_formula(built: Built, plan: Plan, layers: Iterable[Layer]) -> None:
         rescale(module, np.sqrt(target / square))
 
 
-def _divide(built: Built, plan: Plan, measured: dict[Path, Measurement]) -> None:
-    """Gives kernels the variance by which their output has a second moment of 1."""
+def _divide(built: Built, plan: Plan, measured: dict[Path, Measurement]) -> frozenset[Path]:
+    """Gives kernels the variance by which their output has a second moment of 1.
+
+    Returns:
+      The layers of which it is not known, and which have the variance of the formula.
+    """
+    lost: set[Path] = set()
     for layer in plan.layers:
         if layer.gate or layer.path not in measured:
             continue
@@ -166,6 +229,8 @@ def _divide(built: Built, plan: Plan, measured: dict[Path, Measurement]) -> None
         why = "was not measured" if np.isnan(factor).any() else "puts out nothing on the arguments"
         plan.notes.append(f"{name(layer.path)}: it {why}, and has the variance of the formula")
         _use_formula(built, plan, [layer])
+        lost.add(layer.path)
+    return frozenset(lost)
 
 
 def _report(
@@ -212,7 +277,7 @@ def _moment(measured: dict[Path, Measurement], path: Path) -> float | None:
 def _became(layer: Layer) -> str:
     """What was done to a layer, and why."""
     if layer.reason:
-        return f"stays {type(layer.module).__name__}: {layer.reason}"
+        return f"stays {kind_of(layer.module)}: {layer.reason}"
     if layer.centered:
         said = ["centred"]
     elif layer.depthwise:

@@ -12,6 +12,11 @@ from mimicnorm_jax.layers import ScaledConv, ScaledDense
 _DEFAULTS: dict[str, Any] = {"mask": None, "preferred_element_type": None, "input_dilation": 1}
 
 
+def kind_of(layer: nnx.Module) -> str:
+    """The name of a layer's class."""
+    return str(getattr(layer, "kind_name", type(layer).__name__))
+
+
 def unsupported(module: nnx.Module, ndim: int) -> str | None:
     """Why a layer stays as it was; None where it can be converted.
 
@@ -26,7 +31,7 @@ def unsupported(module: nnx.Module, ndim: int) -> str | None:
     if kind in (ScaledConv, ScaledDense, nnx.Linear):
         return None
     if kind is not nnx.Conv:
-        return f"{kind.__name__} is no layer that this package has with weight mean"
+        return f"{kind_of(module)} is no layer that this package has with weight mean"
     assert isinstance(module, nnx.Conv)
     for option, usual in _DEFAULTS.items():
         given = getattr(module, option, usual)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,12 +14,16 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
 
 from mimicnorm_jax.convert.graph import Call, Graph, Path, Value
+from mimicnorm_jax.convert.layers import ForeignLayer
 from mimicnorm_jax.errors import UserError, first_line
 from mimicnorm_jax.layers import LastBN, ScaledConv, ScaledDense
 from mimicnorm_jax.layers.batch_norm import ShiftedBatchNorm
 
 NORMS = (nnx.BatchNorm, ShiftedBatchNorm)
-LINEAR = (nnx.Conv, nnx.Linear, nnx.ConvTranspose, nnx.LinearGeneral, ScaledConv, ScaledDense)
+LINEAR = (
+    *(nnx.Conv, nnx.Linear, nnx.ConvTranspose, nnx.LinearGeneral),
+    *(ScaledConv, ScaledDense, ForeignLayer),
+)
 LAYERS = (*NORMS, *LINEAR, LastBN)
 
 # The identity, with a name of what lies between two of them.
@@ -103,31 +107,41 @@ class Arguments:
     """What a network is called with: arrays, and what is no array.
 
     Args:
-      args: as they are given to the network.
+      args, kwargs: as they are given to the network.
     """
 
     args: Sequence[Any]
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def split(self) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-        """The arrays, and a function that puts others in their place."""
-        leaves, structure = jax.tree.flatten(tuple(self.args))
-        places = [place for place, leaf in enumerate(leaves) if hasattr(leaf, "shape")]
+    @functools.cached_property
+    def _leaves(self) -> tuple[list[Any], Any]:
+        return jax.tree.flatten((tuple(self.args), dict(self.kwargs)))
 
-        def join(arrays: Sequence[Any]) -> Any:
-            filled = list(leaves)
-            for place, array in zip(places, arrays, strict=True):
-                filled[place] = array
-            return jax.tree.unflatten(structure, filled)
+    @property
+    def arrays(self) -> list[Any]:
+        """The arrays among them, or their shapes and types."""
+        return [leaf for leaf in self._leaves[0] if hasattr(leaf, "shape")]
 
-        return [leaves[place] for place in places], join
+    @property
+    def are_shapes(self) -> bool:
+        """Whether shapes and types are given in place of arrays."""
+        return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in self._leaves[0])
+
+    def call(self, function: Callable[..., Any], arrays: Sequence[Any]) -> Any:
+        """Calls a function with other arrays in the places of these."""
+        leaves, structure = self._leaves
+        given = iter(arrays)
+        filled = [next(given) if hasattr(leaf, "shape") else leaf for leaf in leaves]
+        args, kwargs = jax.tree.unflatten(structure, filled)
+        return function(*args, **kwargs)
 
 
-def trace(model: nnx.Module, args: Sequence[Any], logits: Callable[[Any], Any] | None) -> Traced:
-    """Traces ``model(*args)`` in evaluation mode.
+def trace(model: nnx.Module, given: Arguments, logits: Callable[[Any], Any] | None) -> Traced:
+    """Traces the call of a network in evaluation mode.
 
     Args:
       model: the network, which is left as it is.
-      args: its arguments; shapes and types (``jax.ShapeDtypeStruct``) are enough.
+      given: its arguments; shapes and types (``jax.ShapeDtypeStruct``) are enough.
       logits: chooses the logits among the outputs; None where there is one output.
 
     Raises:
@@ -140,18 +154,17 @@ def trace(model: nnx.Module, args: Sequence[Any], logits: Callable[[Any], Any] |
     graphdef, *states = nnx.split(watched, nnx.Param, ...)
     constants, structure = jax.tree.flatten(states)
     num_learned = len(jax.tree.leaves(states[0]))
-    arrays, join = Arguments(args).split()
-    if not arrays:
+    if not given.arrays:
         raise UserError("the network's arguments are needed: convert(model, images)")
 
     def run(constants: Sequence[Any], arrays: Sequence[Any]) -> Any:
         network = nnx.merge(graphdef, *jax.tree.unflatten(structure, constants))
-        outputs = network(*join(arrays))
+        outputs = given.call(network, arrays)
         chosen = chosen_logits(outputs, logits)
         return chosen, [leaf for leaf in jax.tree.leaves(outputs) if hasattr(leaf, "shape")]
 
     try:
-        closed, (chosen, _) = jax.make_jaxpr(run, return_shape=True)(constants, arrays)
+        closed, (chosen, _) = jax.make_jaxpr(run, return_shape=True)(constants, given.arrays)
     except UserError as error:
         raise UserError(str(error)) from None  # without JAX's note about its traceback
     except Exception as error:  # whatever a network of somebody else raises

@@ -40,7 +40,7 @@ def digits():
     return (images[360:], labels[360:]), (images[:360], labels[:360])
 
 
-def cifar10(folder, train=20_000):
+def cifar10(folder, train):
     """``train`` images of ``folder/train/<class>/*``, and all of ``folder/test``."""
 
     def read(split, count):
@@ -48,7 +48,7 @@ def cifar10(folder, train=20_000):
         files = [
             (path, label)
             for label, name in enumerate(classes)
-            for path in sorted((folder / split / name).iterdir())[: count and count // 10]
+            for path in sorted((folder / split / name).iterdir())[: count and count // len(classes)]
         ]
         images = np.stack([decode(path.read_bytes(), upright=False) for path, _ in files])
         return images.astype(np.float32), np.array([label for _, label in files])
@@ -166,6 +166,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--networks", nargs="*", default=NETWORKS)
     parser.add_argument("--cifar10", type=pathlib.Path, help="a folder of images; else digits")
+    parser.add_argument("--images", type=int, default=10_000, help="of CIFAR-10, to train with")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a JSON file")
     parser.add_argument("--options", type=json.loads, default={}, help="of convert")
@@ -173,7 +174,7 @@ def main():
     args = parser.parse_args()
     if args.table:
         return print(table(json.loads(args.out.read_text())))
-    train, test = digits() if args.cifar10 is None else cifar10(args.cifar10)
+    train, test = digits() if args.cifar10 is None else cifar10(args.cifar10, args.images)
     channels = train[0].shape[-1]
     steps = args.epochs * len(train[1]) // BATCH
     cells = json.loads(args.out.read_text()) if args.out.exists() else []
