@@ -14,6 +14,7 @@ from flax import linen, nnx
 from mimicnorm_jax.convert.flow import Flow
 from mimicnorm_jax.convert.graph import Path
 from mimicnorm_jax.convert.layers import NormalizedLogits, Scaled, ScaleShift, Shift, passed_on
+from mimicnorm_jax.convert.lean import undo_lean
 from mimicnorm_jax.convert.linen import linen_module
 from mimicnorm_jax.convert.linen_network import LinenNetwork
 from mimicnorm_jax.convert.plan import name
@@ -86,11 +87,12 @@ class _Folder:
 
     def __init__(self, model: nnx.Module, given: Arguments):
         self.network = copied(model)
+        undo_lean(self.network)
         self.network.eval()
         self.modules: dict[Path, Any] = dict(nnx.iter_modules(self.network))
         self.flow = None
         if given.arrays:
-            self.flow = Flow(trace(model, given, lambda outputs: outputs))
+            self.flow = Flow(trace(self.network, given, lambda outputs: outputs))
         self.made: dict[Path, Any] = {}
         self.became: dict[Path, str] = {}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 from flax import linen, nnx, traverse_util
 from flax.core.scope import in_filter
 
+from mimicnorm_jax.convert.lean import with_lean_functions
 from mimicnorm_jax.convert.linen import LinenModule, computed_by
 from mimicnorm_jax.convert.report import Report
 from mimicnorm_jax.errors import UserError
@@ -56,12 +58,20 @@ class LinenNetwork:
       original: its layers as ``module.init`` makes them.
       converted: its layers now.
       report: of the conversion.
+      lean: whether ReLU and max-pool are those of this package, see ``convert``.
     """
 
     def __init__(
-        self, module: linen.Module, original: LinenModule, converted: LinenModule, report: Report
+        self,
+        module: linen.Module,
+        original: LinenModule,
+        converted: LinenModule,
+        report: Report,
+        *,
+        lean: bool,
     ):
         self.module = module
+        self._apply = functools.partial(with_lean_functions, module.apply) if lean else module.apply
         self._entries = converted.entries()
         self._graphdef, state = nnx.split(converted)
         self._states = [place for place, _ in nnx.to_flat_state(state)]
@@ -132,7 +142,7 @@ class LinenNetwork:
         """
         self._check(variables)
         with computed_by(self._entries, evaluate=False):
-            results = self.module.apply(
+            results = self._apply(
                 variables,
                 *args,
                 rngs=rngs,

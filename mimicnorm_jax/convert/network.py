@@ -12,6 +12,7 @@ from flax import linen, nnx
 
 from mimicnorm_jax.convert.build import Built, build, rescale, stack_of
 from mimicnorm_jax.convert.graph import Path
+from mimicnorm_jax.convert.lean import make_lean
 from mimicnorm_jax.convert.linen import linen_module
 from mimicnorm_jax.convert.linen_network import LinenNetwork
 from mimicnorm_jax.convert.measured import Measurement, Meter
@@ -50,6 +51,7 @@ def convert(
     variance: Variance = ...,
     to: To = ...,
     axis_name: str | None = ...,
+    lean: bool = ...,
     **kwargs: Any,
 ) -> Conversion[nnx.Module]: ...
 
@@ -63,6 +65,7 @@ def convert(
     variance: Variance = ...,
     to: To = ...,
     axis_name: str | None = ...,
+    lean: bool = ...,
     **kwargs: Any,
 ) -> Conversion[LinenNetwork]: ...
 
@@ -75,6 +78,7 @@ def convert(
     variance: Variance = "measured",
     to: To = "mimicnorm",
     axis_name: str | None = None,
+    lean: bool = True,
     **kwargs: Any,
 ) -> Conversion[Any]:
     """Puts MimicNorm in the place of the BatchNorms of a network.
@@ -105,6 +109,10 @@ def convert(
       to: ``"mimicnorm"``; ``"weightmean"`` without last BN, where examples may not be coupled;
         ``"lastbn"`` without weight mean; ``"nonorm"`` with neither and without residual scalars.
       axis_name: mapped axis over which the last BN averages its statistics.
+      lean: let the network compute ``nnx.relu`` and ``nnx.max_pool`` by those of this package where
+        that saves memory in training. Outputs and gradients stay the same; a call that is not
+        compiled (``nnx.jit``) traces the network each time, and there is no forward-mode
+        derivative.
       **kwargs: what else the network is called with.
 
     Returns:
@@ -122,13 +130,16 @@ def convert(
     if isinstance(model, linen.Module):
         original = linen_module(model, given)
         converted = _convert(original, given, logits, center, variance, to, axis_name)
-        network = LinenNetwork(model, original, *converted)
+        network = LinenNetwork(model, original, *converted, lean=lean)
         return Conversion(network, converted.report)
     if not isinstance(model, nnx.Module):
         raise UserError(
             f"convert takes an nnx.Module or a linen.Module, got {type(model).__name__}"
         )
-    return _convert(model, given, logits, center, variance, to, axis_name)
+    conversion = _convert(model, given, logits, center, variance, to, axis_name)
+    if lean:
+        make_lean(conversion.network)
+    return conversion
 
 
 def _convert(

@@ -19,6 +19,7 @@ from mimicnorm_jax.tools.memory.targets import mesh_of
 from tests.convert.training import AUXILIARY, NETWORKS, converted, create
 
 BATCH = 256
+VARIANTS = "batchnorm", "converted", "not lean"  # the last one with nnx.relu and nnx.max_pool
 
 
 def peak_mib(model, mesh):
@@ -63,16 +64,18 @@ def main():
     rows = json.loads(args.out.read_text()) if args.out.exists() else {}
     shape = jax.ShapeDtypeStruct((BATCH, 32, 32, 3), jnp.float32)
     for name in args.networks:
-        if name not in rows:
-            before = peak_mib(create(name, 3, 0), mesh)
-            after = peak_mib(converted(create(name, 3, 0), shape, variance="formula")[0], mesh)
-            rows[name] = {
-                "batchnorm": round(before, 1),
-                "converted": round(after, 1),
-                "ratio": round(after / before, 3),
-            }
-            args.out.write_text(json.dumps(rows, indent=1))
-        print(name, rows[name], flush=True)
+        row = rows.setdefault(name, {})
+        for variant in VARIANTS:
+            if variant not in row:
+                model = create(name, 3, 0)
+                if variant != "batchnorm":
+                    lean = variant == "converted"
+                    model, _ = converted(model, shape, variance="formula", lean=lean)
+                row[variant] = round(peak_mib(model, mesh), 1)
+                args.out.write_text(json.dumps(rows, indent=1))
+        row["ratio"] = round(row["converted"] / row["batchnorm"], 3)
+        args.out.write_text(json.dumps(rows, indent=1))
+        print(name, row, flush=True)
 
 
 if __name__ == "__main__":
