@@ -88,6 +88,7 @@ EXPECTED = {
         names["report"].num_centered == 5
         and names["difference"] < 1e-5
         and names["by_formula"].num_centered == 5
+        and names["after"] < names["before"]
         and names["of_linen"].num_centered == 2
         and abs(names["logits"].mean(0)).max() < 1e-5
         and str(names["report"]).splitlines()[0].split() == PRINTED

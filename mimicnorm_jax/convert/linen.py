@@ -113,21 +113,20 @@ def _collection_of(variable: Any) -> str:
 
 
 @contextlib.contextmanager
-def computed_by(entries: Mapping[str, _Entry], *, evaluate: bool) -> Iterator[None]:
+def computed_by(entries: Mapping[str, _Entry], *, uses_average: bool | None) -> Iterator[None]:
     """Lets NNX modules compute what the modules of a Linen network do.
 
     Args:
       entries: by the module's path.
-      evaluate: whether BatchNorms use their running averages and dropout does nothing, whatever
-        the network says.
+      uses_average: whether BatchNorms use their running averages; None: as the network says.
     """
-    uses_average = True  # what the BatchNorm that was called last was told; the last BN follows it
+    told = uses_average is not False  # the BatchNorm that was called last; the last BN follows it
     active: set[str] = set()
 
     def intercept(proceed: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        nonlocal uses_average
+        nonlocal told
         module = context.module
-        if evaluate and isinstance(module, linen.Dropout):
+        if uses_average and isinstance(module, linen.Dropout):
             return args[0] if args else kwargs["inputs"]
         path = _attribute(module.path) if context.method_name == "__call__" else ""
         entry = entries.get(path)
@@ -135,10 +134,11 @@ def computed_by(entries: Mapping[str, _Entry], *, evaluate: bool) -> Iterator[No
             return proceed(*args, **kwargs)
         part = entry.merge(module.scope)
         if isinstance(module, linen.BatchNorm):
-            uses_average = evaluate or _uses_average(module, *args, **kwargs)
+            said = _uses_average(module, *args, **kwargs)
+            told = said if uses_average is None else uses_average
         for _, inner in nnx.iter_modules(part):
             if hasattr(inner, "use_running_average"):
-                inner.use_running_average = uses_average
+                inner.use_running_average = told
         active.add(path)
         try:
             if isinstance(module, linen.BatchNorm):
@@ -170,8 +170,7 @@ def _is_foreign(part: Any) -> bool:
 def _uses_average(
     norm: linen.BatchNorm, x: Any = None, use_running_average: bool | None = None, **_: Any
 ) -> bool:
-    told = norm.use_running_average if use_running_average is None else use_running_average
-    return bool(told)
+    return bool(norm.use_running_average if use_running_average is None else use_running_average)
 
 
 class _Network:
@@ -215,7 +214,8 @@ class LinenModule(nnx.Module):
       others: its variables outside of layers, by attribute: the collection, and the value.
 
     Attributes:
-      use_running_average: evaluate, whatever the arguments say; ``model.eval()`` sets it.
+      use_running_average: of all BatchNorms, whatever the arguments say; ``model.eval()`` and
+        ``model.train()`` set it.
     """
 
     def __init__(
@@ -256,7 +256,7 @@ class LinenModule(nnx.Module):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the network; statistics are kept here."""
         module, variables = self.network.module, self.variables()
-        with computed_by(self.entries(), evaluate=self.use_running_average):
+        with computed_by(self.entries(), uses_average=self.use_running_average):
             outputs, changed = module.apply(
                 variables, *args, mutable=linen.DenyList("params"), **kwargs
             )

@@ -141,7 +141,7 @@ class LinenNetwork:
           UserError: variables of the network before its conversion.
         """
         self._check(variables)
-        with computed_by(self._entries, evaluate=False):
+        with computed_by(self._entries, uses_average=None):
             results = self._apply(
                 variables,
                 *args,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args, overload
@@ -16,8 +17,9 @@ from mimicnorm_jax.convert.lean import make_lean
 from mimicnorm_jax.convert.linen import linen_module
 from mimicnorm_jax.convert.linen_network import LinenNetwork
 from mimicnorm_jax.convert.measured import Measurement, Meter
+from mimicnorm_jax.convert.memory import training_memory
 from mimicnorm_jax.convert.plan import CenterRule, Layer, Plan, To, make_plan, name
-from mimicnorm_jax.convert.report import LayerReport, Report, farthest_from_one
+from mimicnorm_jax.convert.report import LayerReport, Memory, Report, farthest_from_one
 from mimicnorm_jax.convert.support import kind_of
 from mimicnorm_jax.convert.trace import Arguments, trace
 from mimicnorm_jax.errors import UserError, unknown
@@ -52,6 +54,7 @@ def convert(
     to: To = ...,
     axis_name: str | None = ...,
     lean: bool = ...,
+    memory: bool = ...,
     **kwargs: Any,
 ) -> Conversion[nnx.Module]: ...
 
@@ -66,6 +69,7 @@ def convert(
     to: To = ...,
     axis_name: str | None = ...,
     lean: bool = ...,
+    memory: bool = ...,
     **kwargs: Any,
 ) -> Conversion[LinenNetwork]: ...
 
@@ -79,6 +83,7 @@ def convert(
     to: To = "mimicnorm",
     axis_name: str | None = None,
     lean: bool = True,
+    memory: bool = False,
     **kwargs: Any,
 ) -> Conversion[Any]:
     """Puts MimicNorm in the place of the BatchNorms of a network.
@@ -113,6 +118,8 @@ def convert(
         that saves memory in training. Outputs and gradients stay the same; a call that is not
         compiled (``nnx.jit``) traces the network each time, and there is no forward-mode
         derivative.
+      memory: compile a training step of both networks for this machine and these arguments, and
+        report the memory that it needs.
       **kwargs: what else the network is called with.
 
     Returns:
@@ -127,19 +134,20 @@ def convert(
     if variance not in get_args(Variance):
         raise unknown("variance", variance, get_args(Variance))
     given = Arguments(args, kwargs)
-    if isinstance(model, linen.Module):
-        original = linen_module(model, given)
-        converted = _convert(original, given, logits, center, variance, to, axis_name)
-        network = LinenNetwork(model, original, *converted, lean=lean)
-        return Conversion(network, converted.report)
-    if not isinstance(model, nnx.Module):
+    if not isinstance(model, nnx.Module | linen.Module):
         raise UserError(
             f"convert takes an nnx.Module or a linen.Module, got {type(model).__name__}"
         )
-    conversion = _convert(model, given, logits, center, variance, to, axis_name)
+    original: Any = linen_module(model, given) if isinstance(model, linen.Module) else model
+    network, report = _convert(original, given, logits, center, variance, to, axis_name)
     if lean:
-        make_lean(conversion.network)
-    return conversion
+        make_lean(network)
+    if memory:
+        before, after = (training_memory(one, given, logits) for one in (original, network))
+        report = dataclasses.replace(report, memory=Memory(before, after))
+    if isinstance(model, linen.Module):
+        return Conversion(LinenNetwork(model, original, network, report, lean=lean), report)
+    return Conversion(network, report)
 
 
 def _convert(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 INFERENCE = "inference"
 
@@ -37,6 +37,18 @@ class LayerReport:
     second_moment: float | None = None
 
 
+class Memory(NamedTuple):
+    """Bytes that a training step needs at its peak, by the compiler of this machine.
+
+    Attributes:
+      before: of the network with its BatchNorms.
+      after: of the converted one.
+    """
+
+    before: int
+    after: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """What a conversion did.
@@ -47,12 +59,14 @@ class Report:
       to: the method; ``"inference"`` of what ``fold`` makes.
       layers: its convolutions, dense layers and BatchNorms, in the order of the network.
       notes: what else is to be known, each one line.
+      memory: of a training step before and after, where it was asked for.
       num_centered: number of layers with weight mean.
     """
 
     to: str
     layers: tuple[LayerReport, ...]
     notes: tuple[str, ...]
+    memory: Memory | None = None
 
     @property
     def num_centered(self) -> int:
@@ -60,7 +74,9 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON."""
-        return json.dumps({**dataclasses.asdict(self), "num_centered": self.num_centered}, indent=1)
+        memory = None if self.memory is None else self.memory._asdict()
+        fields = {**dataclasses.asdict(self), "memory": memory, "num_centered": self.num_centered}
+        return json.dumps(fields, indent=1)
 
     def __str__(self) -> str:
         head = ("layer", "fan-in", "scalar", "variance", "2nd moment", "what was done")
@@ -76,6 +92,11 @@ class Report:
         if self.to != INFERENCE:
             layers = "layer" if self.num_centered == 1 else "layers"
             lines.append(f"{self.num_centered} {layers} centred, method {self.to}")
+        if self.memory is not None:
+            before, after = (size / 2**20 for size in self.memory)
+            lines.append(
+                f"memory of a training step: {before:.4g} → {after:.4g} MiB ({after / before:.2f})"
+            )
         return "\n".join(line.rstrip() for line in [*lines, *(f"note: {n}" for n in self.notes)])
 
 

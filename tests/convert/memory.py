@@ -15,6 +15,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mimicnorm_jax.convert.memory import peak_bytes
 from mimicnorm_jax.tools.memory.targets import mesh_of
 from tests.convert.training import AUXILIARY, NETWORKS, converted, create
 
@@ -52,7 +53,7 @@ def peak_mib(model, mesh):
     labels = jax.ShapeDtypeStruct((BATCH,), jnp.int32)
     arguments = jax.tree.map(abstract, (params, rest, state, images, labels))
     compiled = jax.jit(step, donate_argnums=(0, 1, 2)).lower(*arguments).compile()
-    return compiled.memory_analysis().peak_memory_in_bytes / 2**20
+    return peak_bytes(compiled, "tpu") / 2**20
 
 
 def main():

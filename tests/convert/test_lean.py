@@ -1,6 +1,7 @@
 """ReLU and max-pool of this package in the place of Flax's: the same function, less is kept."""
 
 import itertools
+import json
 import re
 
 import jax
@@ -142,18 +143,6 @@ def test_a_network_changes_as_it_would():
     assert type(networks[1]) is Network
 
 
-def of_steps(network):
-    """Bytes that a training step needs beside its arguments, on this machine."""
-    graphdef, params, rest = nnx.split(network, nnx.Param, ...)
-
-    def loss(params, rest, images):
-        logits = nnx.merge(graphdef, params, rest, copy=True)(images)
-        return jnp.sum(jnp.square(logits))
-
-    images = jax.ShapeDtypeStruct((64, 32, 32, 3), jnp.float32)
-    return jax.jit(jax.grad(loss)).lower(params, rest, images).compile().memory_analysis()
-
-
 class Chain(nnx.Module):
     def __init__(self, rngs):
         pairs = itertools.pairwise([3, 16, 16, 16, 16])
@@ -170,17 +159,21 @@ class Chain(nnx.Module):
 
 
 def test_convert_is_lean_and_can_be_told_not_to_be():
-    shape = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32)
+    shape = jax.ShapeDtypeStruct((64, 32, 32, 3), jnp.float32)
     sizes = []
     for lean in (True, False):
-        model, _ = mimicnorm_jax.convert(Chain(nnx.Rngs(0)), shape, variance="formula", lean=lean)
+        model, report = mimicnorm_jax.convert(
+            Chain(nnx.Rngs(0)), shape, variance="formula", lean=lean, memory=True
+        )
+        sizes.append(report.memory)
         model.eval()
         assert count(model, shape) == ((1, 0) if lean else (4, 1))  # the last is averaged
-        model.train()
-        sizes.append(of_steps(model).temp_size_in_bytes)
         plain, _ = mimicnorm_jax.fold(model)
         assert count(plain, shape) == (4, 1)
-    assert sizes[0] < 0.95 * sizes[1]
+    assert sizes[0].before == sizes[1].before
+    assert sizes[0].after < 0.95 * sizes[1].after < 0.95 * sizes[1].before
+    assert "memory of a training step: " in str(report)
+    assert json.loads(report.to_json())["memory"] == sizes[1]._asdict()
 
 
 class LinenChain(linen.Module):
@@ -204,5 +197,7 @@ def test_networks_of_linen_are_lean_too():
 
         assert count(call, variables) == ((0, 0) if lean else (2, 2))
         calls.append(call(variables))
+    _, report = mimicnorm_jax.convert(LinenChain(), IMAGES, train=True, memory=True)
+    assert report.memory.after < report.memory.before
     for one, other in zip(*map(jax.tree.leaves, calls), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)

@@ -20,6 +20,7 @@ from jax.extend.mlir.passmanager import PassManager
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mimicnorm_jax.convert.memory import peak_bytes
 from mimicnorm_jax.data.expected import expected
 from mimicnorm_jax.parallel import DATA_AXIS
 from mimicnorm_jax.tools.memory.chips import chip_of
@@ -239,12 +240,8 @@ def _compile(lowered: Any, platform: str) -> dict[str, Any]:
     compiled = lowered.compile()
     seconds = time.perf_counter() - began
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    # Donated arguments are results too. A TPU's own peak counts all that lives at one time; of the
-    # other backends' programs, temporaries are allotted at once, and the CPU's peak omits them.
-    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    whole = memory.argument_size_in_bytes + kept + memory.temp_size_in_bytes
     return {
-        "peak": memory.peak_memory_in_bytes if platform == "tpu" else whole,
+        "peak": peak_bytes(compiled, platform),
         "arguments": memory.argument_size_in_bytes,
         "temp": memory.temp_size_in_bytes,
         "flops": cost.get("flops", math.nan),
