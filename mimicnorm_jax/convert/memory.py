@@ -38,14 +38,14 @@ def training_memory(
     """
     network = nnx.clone(model)
     network.train()
-    graphdef, params, rest = nnx.split(network, nnx.Param, ...)
+    split: Any = nnx.split(network, nnx.Param, ...)
+    graphdef, params, rest = split
 
     def loss(params: Any, rest: Any, arrays: Any) -> Any:
         trained = nnx.merge(graphdef, params, rest, copy=True)
         outputs = chosen_logits(given.call(trained, arrays), logits)
         losses = [-jax.nn.log_softmax(output)[..., 0].mean() for output in outputs]
-        _, _, changed = nnx.split(trained, nnx.Param, ...)
-        return sum(losses), changed
+        return sum(losses), nnx.state(trained, nnx.Not(nnx.Param))
 
     step = jax.jit(jax.value_and_grad(loss, has_aux=True))
     compiled = step.lower(params, rest, given.arrays).compile()
