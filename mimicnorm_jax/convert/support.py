@@ -27,7 +27,7 @@ def unsupported(module: nnx.Module, ndim: int) -> str | None:
     kind = type(module)
     size = getattr(module, "kernel_size", None)
     if kind in (ScaledConv, nnx.Conv) and size is not None and ndim != len(size) + 2:
-        return f"WeightMeanConv takes one batch axis, and {len(size)} more and channels"
+        return f"its kernel_size {tuple(size)} does not cover the {ndim - 2} axes of its input"
     if kind in (ScaledConv, ScaledDense, nnx.Linear):
         return None
     if kind is not nnx.Conv:

@@ -244,6 +244,10 @@ def test_a_gate_that_is_written_out_scales_the_layer_it_gates():
         ),
         (conv(8, 8, padding="same", strides=None), "centred, bias"),
         (
+            lambda rngs: nnx.Conv(8, 8, 3, rngs=rngs),  # an axis short: along rows only
+            "stays Conv: its kernel_size (3,) does not cover the 2 axes of its input",
+        ),
+        (
             lambda rngs: nnx.ConvTranspose(8, 8, (2, 2), rngs=rngs),
             "stays ConvTranspose: ConvTranspose is no layer that this package has with weight mean",
         ),
