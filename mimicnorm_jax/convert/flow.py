@@ -20,7 +20,7 @@ from mimicnorm_jax.convert.graph import (
     source,
     summed,
 )
-from mimicnorm_jax.convert.trace import LINEAR, NORMS, Traced
+from mimicnorm_jax.convert.trace import LINEAR, NORMS, Traced, is_of
 
 _CASTS = frozenset({"convert_element_type", "copy"})
 
@@ -75,10 +75,10 @@ class Flow:
 
     def calls_of(self, kinds: tuple[type[nnx.Module], ...]) -> dict[Path, list[Node]]:
         """The calls of layers of some kinds, by path."""
-        return {p: nodes for p, nodes in self._calls.items() if isinstance(self._modules[p], kinds)}
+        return {p: nodes for p, nodes in self._calls.items() if is_of(self._modules[p], kinds)}
 
     def _is(self, node: Node, kinds: tuple[type[nnx.Module], ...]) -> bool:
-        return node.call is not None and isinstance(self._modules[node.call.path], kinds)
+        return node.call is not None and is_of(self._modules[node.call.path], kinds)
 
     def is_linear(self, node: Node) -> bool:
         """Whether a node is a convolution or dense layer, or one that is written out."""

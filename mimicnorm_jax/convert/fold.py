@@ -20,7 +20,7 @@ from mimicnorm_jax.convert.linen_network import LinenNetwork
 from mimicnorm_jax.convert.plan import name
 from mimicnorm_jax.convert.report import INFERENCE, LayerReport, Report
 from mimicnorm_jax.convert.substitute import copied, substitute
-from mimicnorm_jax.convert.trace import LINEAR, NORMS, Arguments, trace
+from mimicnorm_jax.convert.trace import LINEAR, NORMS, Arguments, is_of, trace
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers import Dropout, LastBN, ScaledConv, ScaledDense
 from mimicnorm_jax.layers.relu import Relu, relu
@@ -99,7 +99,7 @@ class _Folder:
     def fold(self) -> Folded:
         for path, module in self.modules.items():
             self._make_plain(path, module)
-        norms = [path for path, m in self.modules.items() if isinstance(m, (*NORMS, LastBN))]
+        norms = [path for path, m in self.modules.items() if is_of(m, (*NORMS, LastBN))]
         for path in norms:
             if path not in self.made:
                 self._fold_norm(path)

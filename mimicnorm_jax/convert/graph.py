@@ -197,6 +197,8 @@ class Graph:
         if kind == "begin":
             self._open[key] = value
             return value
+        if not self._open[key].active:
+            return value  # made of parameters alone
         node = Node("layer", [self._open[key]], [Value(value.shape)], {}, call=call)
         return self._add(node)[0]
 
@@ -214,7 +216,7 @@ class Graph:
             carry = results[:num_carry]
             collected.append(results[num_carry:])
         stacks = [
-            self._add(Node("stack", list(parts), [Value((length, *parts[0].shape))], {}))[0]
+            self._add(Node("stack", list(parts), [Value((length, *parts[0].shape))], {}, _stack))[0]
             for parts in zip(*collected, strict=True)
         ]
         return [*carry, *stacks]
@@ -234,6 +236,7 @@ class _Function(NamedTuple):
     bind: Any
 
 
+_stack = _Function(lambda *parts: jnp.stack(parts))
 _slice_member = _Function(lambda x, index: x[index])
 
 

@@ -1,9 +1,10 @@
-"""ReLU and max-pool of this package in the place of JAX's, in a program that calls those.
+"""Activations and max-pools that keep less for the backward pass, in a program that calls JAX's.
 
 The derivative of ``jax.nn.relu`` keeps the sign of its input, that of ``lax.reduce_window`` its
 input; ours keep what the next layer keeps anyway, or a byte for each output (``layers.relu``,
-``models.pooling``). A network calls them in its code, where nothing can be put in their place. So
-the network is traced, and its program is computed with the others.
+``models.pooling``). SiLU and GELU keep what they compute on the way; here that is computed again.
+A network calls them in its code, where nothing can be put in their place. So the network is traced,
+and its program is computed with the others.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from flax import nnx
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
+from mimicnorm_jax.convert.graph import ELEMENTWISE
 from mimicnorm_jax.convert.trace import Arguments
 from mimicnorm_jax.layers.relu import relu
 from mimicnorm_jax.models.pooling import Window, max_pool
@@ -35,46 +37,102 @@ def make_lean(network: nnx.Module) -> None:
 
 @functools.cache
 def _lean(kind: Any) -> type[nnx.Module]:
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, /, *args: Any, **kwargs: Any) -> Any:
+        if _has_nodes((args, kwargs)):  # which the call may change
+            return kind.__call__(self, *args, **kwargs)
         graphdef, state = nnx.split(self)
-        before = dict(nnx.to_flat_state(state))
+        attributes: dict[Any, Any] = {}
+        kinds: dict[Any, Any] = {}
 
-        def run(state: Any, *args: Any, **kwargs: Any) -> Any:
+        def run(state: Any, /, *args: Any, **kwargs: Any) -> Any:
             network = nnx.merge(graphdef, state)
             given = _values(network)
             outputs = kind.__call__(network, *args, **kwargs)
             kinds.update({p: type(v) for p, v in nnx.to_flat_state(nnx.state(network))})
+            attributes.update(_static_attributes(network))
             after = _values(network)  # what is sown is no array, and changed where it is
             changed = {p: v for p, v in after.items() if not (_is_array(v) and given.get(p) is v)}
             return outputs, changed
 
-        kinds: dict[Any, Any] = {}
         outputs, changed = with_lean_functions(run, state, *args, **kwargs)
-        modules: dict[Any, Any] = dict(nnx.iter_modules(self))
+        before = dict(nnx.to_flat_state(state))
         for path, value in changed.items():
-            if path in before:
+            if isinstance(before.get(path), nnx.Variable):
                 before[path].set_value(value)
-            else:  # such as what sow keeps
-                setattr(modules[path[:-1]], path[-1], kinds[path](value))
+            else:  # an array without a Variable, or new, such as what sow keeps
+                of_kind = kinds[path](value) if issubclass(kinds[path], nnx.Variable) else value
+                setattr(_part_at(self, path[:-1]), path[-1], of_kind)
+        own = _static_attributes(self)
+        for (path, name), value in attributes.items():
+            if own.get((path, name), _PLAIN) is not value:
+                setattr(_part_at(self, path), name, value)
         return outputs
 
+    def reduce(self: Any, protocol: Any) -> Any:
+        undo_lean(self)
+        try:
+            make, args, state, *_ = self.__reduce_ex__(protocol)
+        finally:
+            make_lean(self)
+        return _unpickled, (make, args, state)
+
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return type(kind.__name__, (kind,), {"__call__": call, _PLAIN: kind, **names})
+    own = {"__call__": call, "__reduce_ex__": reduce, _PLAIN: kind}
+    return type(kind.__name__, (kind,), {**own, **names})
+
+
+def _unpickled(make: Any, args: Any, state: Any) -> Any:
+    network = make(*args)
+    if hasattr(network, "__setstate__"):
+        network.__setstate__(state)
+    else:
+        vars(network).update(state)
+    make_lean(network)
+    return network
+
+
+def _has_nodes(tree: Any) -> bool:
+    """Whether there are modules, random streams or variables of NNX in a tree."""
+    kinds = (nnx.Pytree, nnx.Variable)
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kinds))
+    return any(isinstance(leaf, kinds) for leaf in leaves)
 
 
 def _values(network: nnx.Module) -> dict[Any, Any]:
-    return {path: value.get_value() for path, value in nnx.to_flat_state(nnx.state(network))}
+    return {
+        path: value.get_value() if isinstance(value, nnx.Variable) else value
+        for path, value in nnx.to_flat_state(nnx.state(network))
+    }
+
+
+def _static_attributes(network: nnx.Module) -> dict[Any, Any]:
+    """Numbers, strings and tuples of these that the modules of a network hold."""
+    return {
+        (path, name): value
+        for path, module in nnx.iter_modules(network)
+        for name, value in vars(module).items()
+        if not name.startswith("_pytree__")
+        and isinstance(value, int | float | str | tuple | None)
+        and not any(_is_array(leaf) for leaf in jax.tree.leaves(value))
+    }
+
+
+def _part_at(network: Any, path: Sequence[Any]) -> Any:
+    for key in path:
+        network = network[key] if isinstance(network, list | dict) else getattr(network, str(key))
+    return network
 
 
 _PLAIN = "_class_before_make_lean"
 
 
 def undo_lean(network: nnx.Module) -> None:
-    """Undoes ``make_lean``."""
-    object.__setattr__(network, "__class__", getattr(network, _PLAIN, type(network)))
+    """Undoes ``make_lean``, also where such a network is part of another."""
+    for _, module in list(nnx.iter_modules(network)):
+        object.__setattr__(module, "__class__", getattr(module, _PLAIN, type(module)))
 
 
-def with_lean_functions(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def with_lean_functions(function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     """``function(...)``, computed with ReLU and max-pool of this package.
 
     Args:
@@ -107,6 +165,7 @@ def _compute(jaxpr: Jaxpr, consts: Sequence[Any], arrays: Sequence[Any]) -> list
     known.update(zip(jaxpr.constvars, consts, strict=True))
     known.update(zip(jaxpr.invars, arrays, strict=True))
     consumers = _consumers(jaxpr)
+    makers = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
     waiting: set[Var] = set()  # results of ReLU that stand for their input, until they are pooled
 
     def read(atom: Any) -> Any:
@@ -121,10 +180,10 @@ def _compute(jaxpr: Jaxpr, consts: Sequence[Any], arrays: Sequence[Any]) -> list
                 if len(readers) == 1 and readers[0] is not None and _pool_of(readers[0]):
                     waiting.add(eqn.outvars[0])
                     results = given
-                elif all(reader and reader.primitive.name in _SUMS for reader in readers):
-                    results = _bind(eqn, given)  # an average keeps nothing that ours could share
-                else:
+                elif _is_kept(eqn.outvars[0], consumers) and not _joined(eqn.invars[0], makers):
                     results = [relu(*given)]
+                else:
+                    results = _bind(eqn, given)
             elif (pool := _pool_of(eqn)) and consumers[eqn.invars[0]] == [eqn]:
                 pooled = max_pool(given[0], **pool._asdict())
                 results = [relu(pooled) if eqn.invars[0] in waiting else pooled]
@@ -134,7 +193,40 @@ def _compute(jaxpr: Jaxpr, consts: Sequence[Any], arrays: Sequence[Any]) -> list
     return [read(atom) for atom in jaxpr.outvars]
 
 
-_SUMS = frozenset({"reduce_sum", "reduce_window_sum"})
+# What is linear, and so keeps nothing of what it is given for the backward pass; and what is the
+# same array in another shape.
+_LINEAR = frozenset(
+    {
+        *("add", "add_any", "concatenate", "convert_element_type", "dynamic_slice", "gather"),
+        *("neg", "pad", "reduce_sum", "reduce_window_sum", "select_n", "slice", "split", "sub"),
+        "transpose",
+    }
+)
+_SAME = frozenset({"copy", "expand_dims", "reshape", "squeeze"})
+
+
+def _is_kept(var: Any, consumers: dict[Any, list[Any]]) -> bool:
+    """Whether the backward pass keeps an array anyway, which ReLU then can share."""
+
+    def keeps(reader: JaxprEqn | None) -> bool:
+        if reader is None:
+            return True  # a result of a program within: read by the next one
+        name = reader.primitive.name
+        if name in _LINEAR:
+            return False
+        if name in ("mul", "div"):
+            return not any(isinstance(atom, Literal) for atom in reader.invars)
+        if name in _SAME:
+            return _is_kept(reader.outvars[0], consumers)
+        if name in ("jit", "pjit"):
+            inner = reader.params["jaxpr"].jaxpr
+            taken = [
+                own for own, atom in zip(inner.invars, reader.invars, strict=True) if atom is var
+            ]
+            return any(_is_kept(own, _consumers(inner)) for own in taken)
+        return True
+
+    return any(keeps(reader) for reader in consumers.get(var, []))
 
 
 def _consumers(jaxpr: Jaxpr) -> dict[Any, list[Any]]:
@@ -148,14 +240,29 @@ def _consumers(jaxpr: Jaxpr) -> dict[Any, list[Any]]:
     return consumers
 
 
+def _joined(var: Any, makers: dict[Any, JaxprEqn]) -> bool:
+    """Whether an array is a concatenation, shifted at most, as in DenseNet.
+
+    Its parts are kept once for all the concatenations that they are in. From them the compiler
+    computes again what ReLU makes of each.
+    """
+    maker = makers.get(var)
+    if maker is None or maker.primitive.name == "concatenate":
+        return maker is not None
+    shifted = maker.primitive.name in ("add", "sub", "mul")
+    return shifted and any(_joined(atom, makers) for atom in maker.invars if isinstance(atom, Var))
+
+
 def _enter(eqn: JaxprEqn, given: list[Any]) -> list[Any]:
     """Computes an operation, and what it calls as ``_compute`` does."""
     name, params = eqn.primitive.name, eqn.params
     inner = params.get("jaxpr")
+    if _is_activation(eqn):
+        return list(jax.checkpoint(lambda *arrays: tuple(_bind(eqn, list(arrays))))(*given))
     if inner is None or not _has_something(inner):
         return _bind(eqn, given)
     if name in ("jit", "pjit"):
-        return _compute(inner.jaxpr, inner.consts, given)
+        return list(_compiled(inner)(given))
     if name in ("remat", "remat2", "checkpoint"):
         body = functools.partial(_compute, inner, [])
         options = {key: params[key] for key in ("policy", "prevent_cse")}
@@ -163,6 +270,12 @@ def _enter(eqn: JaxprEqn, given: list[Any]) -> list[Any]:
     if name == "scan":
         return _scan(inner, given, params)
     return _bind(eqn, given)
+
+
+@functools.lru_cache(maxsize=128)
+def _compiled(inner: ClosedJaxpr) -> Callable[[list[Any]], list[Any]]:
+    """A program that was compiled before, and whose text JAX keeps, is compiled once only."""
+    return jax.jit(lambda given: _compute(inner.jaxpr, inner.consts, given))
 
 
 def _scan(inner: ClosedJaxpr, given: list[Any], params: dict[str, Any]) -> list[Any]:
@@ -183,7 +296,12 @@ def _has_something(inner: Jaxpr | ClosedJaxpr) -> bool:
     jaxpr = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
     for eqn in jaxpr.eqns:
         called = eqn.params.get("jaxpr")
-        if _is_relu(eqn) or _pool_of(eqn) or (called is not None and _has_something(called)):
+        if (
+            _is_relu(eqn)
+            or _pool_of(eqn)
+            or _is_activation(eqn)
+            or (called is not None and _has_something(called))
+        ):
             return True
     return False
 
@@ -218,6 +336,30 @@ def _is_relu(eqn: JaxprEqn) -> bool:
     return _written_at(eqn.params["call_jaxpr"]) == _where_relu_is()
 
 
+_COSTLY = frozenset({"erf", "erfc", "exp", "expm1", "log1p", "logistic", "tanh"})
+
+
+def _is_activation(eqn: JaxprEqn) -> bool:
+    """Whether an operation is a function of one array such as ``nnx.silu`` and ``nnx.gelu``.
+
+    Their derivatives keep what was computed on the way. It is computed again instead, from the
+    input.
+    """
+    if eqn.primitive.name not in ("jit", "pjit") or len(eqn.outvars) > 1 or len(eqn.invars) != 1:
+        return False
+    names = _names(eqn.params["jaxpr"].jaxpr)
+    elementwise = names <= ELEMENTWISE | {"jit", "pjit"}
+    return elementwise and bool(names & _COSTLY) and _aval(eqn).ndim > 1
+
+
+def _names(jaxpr: Jaxpr) -> set[str]:
+    inner = [eqn.params["jaxpr"].jaxpr for eqn in jaxpr.eqns if "jaxpr" in eqn.params]
+    return {eqn.primitive.name for eqn in jaxpr.eqns}.union(*map(_names, inner))
+
+
+_MAX_WINDOW = 5  # ours compares as many slices as a window has places
+
+
 def _pool_of(eqn: JaxprEqn) -> Window | None:
     """The window of a ``max_pool`` that does what an operation does, if one does."""
     if eqn.primitive.name != "reduce_window_max" or _aval(eqn).ndim != 4:
@@ -233,6 +375,6 @@ def _pool_of(eqn: JaxprEqn) -> Window | None:
         return None
     if len(set(window)) > 1 or len(set(stride)) > 1 or len(sides) > 1:
         return None
-    if not jnp.issubdtype(_aval(eqn).dtype, jnp.floating):
+    if window[0] > _MAX_WINDOW or not jnp.issubdtype(_aval(eqn).dtype, jnp.floating):
         return None
     return Window(window[0], stride[0], sides.pop())

@@ -120,7 +120,7 @@ def computed_by(entries: Mapping[str, _Entry], *, uses_average: bool | None) -> 
       entries: by the module's path.
       uses_average: whether BatchNorms use their running averages; None: as the network says.
     """
-    told = uses_average is not False  # the BatchNorm that was called last; the last BN follows it
+    told = uses_average  # the BatchNorm that was called last; the last BN follows it
     active: set[str] = set()
 
     def intercept(proceed: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -138,10 +138,11 @@ def computed_by(entries: Mapping[str, _Entry], *, uses_average: bool | None) -> 
             told = said if uses_average is None else uses_average
         for _, inner in nnx.iter_modules(part):
             if hasattr(inner, "use_running_average"):
-                inner.use_running_average = told
+                trains = module.is_mutable_collection("batch_stats")  # where no BatchNorm told yet
+                inner.use_running_average = not trains if told is None else told
         active.add(path)
         try:
-            if isinstance(module, linen.BatchNorm):
+            if entry.kind is linen.BatchNorm:
                 y = part(args[0] if args else kwargs["x"])
             elif not isinstance(module, _LINEAR):
                 y = part(proceed, *args, **kwargs)
@@ -196,7 +197,7 @@ class _Network:
 def _attribute(path: Sequence[str]) -> str:
     """The attribute of a ``LinenModule`` that stands for a path, and the path as it is shown."""
     name = "/".join(path)
-    return f"./{name}" if name in _TAKEN or hasattr(nnx.Module, name) else name
+    return f"./{name}" if name in _TAKEN or hasattr(LinenModule, name) else name
 
 
 _TAKEN = ("network", "use_running_average")
@@ -310,7 +311,8 @@ def linen_module(
         held = {
             place[-1]: flat.pop(place)
             for place in list(flat)
-            if isinstance(called, (*_LINEAR, linen.BatchNorm)) and place[1:-1] == tuple(called.path)
+            if (isinstance(called, _LINEAR) or type(called) is linen.BatchNorm)
+            and place[1:-1] == tuple(called.path)
         }
         parts[attribute] = _part(called, held)
     kinds = {attribute: type(called) for attribute, called in seen.items()}
@@ -326,7 +328,7 @@ _OWN = ("conv_general_dilated", "conv_general_dilated_cls", "dot_general", "dot_
 def _part(module: Any, held: dict[str, Any]) -> nnx.Module:
     """What computes in the place of a Linen module, with its variables."""
     part: Any
-    if isinstance(module, linen.BatchNorm):
+    if type(module) is linen.BatchNorm:
         part = nnx.BatchNorm(
             1,
             axis=module.axis,
@@ -335,6 +337,7 @@ def _part(module: Any, held: dict[str, Any]) -> nnx.Module:
             use_bias=module.use_bias,
             use_scale=module.use_scale,
             dtype=module.dtype,
+            axis_name=module.axis_name,
             rngs=nnx.Rngs(0),
         )
     elif not isinstance(module, _LINEAR):

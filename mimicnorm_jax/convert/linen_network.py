@@ -12,7 +12,7 @@ import numpy as np
 from flax import linen, nnx, traverse_util
 from flax.core.scope import in_filter
 
-from mimicnorm_jax.convert.lean import with_lean_functions
+from mimicnorm_jax.convert.lean import undo_lean, with_lean_functions
 from mimicnorm_jax.convert.linen import LinenModule, computed_by
 from mimicnorm_jax.convert.report import Report
 from mimicnorm_jax.errors import UserError
@@ -73,14 +73,17 @@ class LinenNetwork:
         self.module = module
         self._apply = functools.partial(with_lean_functions, module.apply) if lean else module.apply
         self._entries = converted.entries()
+        undo_lean(converted)
         self._graphdef, state = nnx.split(converted)
         self._states = [place for place, _ in nnx.to_flat_state(state)]
         self._places = [place for place, _ in converted.placed()]
         drawn = {place: np.asarray(variable[...]) for place, variable in original.placed()}
+        self._dropped = drawn.keys() - set(self._places)
         self._has_statistics = any(place[0] == "batch_stats" for place in drawn)
         self._kernels: dict[_Place, _Kernel] = {}
         self._constants: dict[_Place, np.ndarray] = {}
-        centered = {tuple(row.path.split("/")) for row in report.layers if row.centered}
+        paths = converted.network.paths
+        centered = {paths[row.path] for row in report.layers if row.centered}
         for place, variable in converted.placed():
             value = np.asarray(variable[...])
             if place in drawn and np.array_equal(drawn[place], value):
@@ -105,7 +108,13 @@ class LinenNetwork:
           rngs, *args, **kwargs: of the network's own ``init``.
         """
         drawn = traverse_util.flatten_dict(dict(self.module.init(rngs, *args, **kwargs)))
-        made: dict[_Place, Any] = {}
+        lost = [p for p in self._places if p not in drawn and p not in self._constants]
+        if lost:
+            raise UserError(
+                f"init makes no {'/'.join(lost[0])} with these arguments: give those of convert"
+            )
+        known = {*self._places, *self._dropped}
+        made: dict[_Place, Any] = {p: value for p, value in drawn.items() if p not in known}
         for place in self._places:
             box = drawn.get(place)
             value = linen.meta.unbox(box)

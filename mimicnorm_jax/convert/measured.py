@@ -12,6 +12,7 @@ from flax import nnx
 
 from mimicnorm_jax.convert.graph import Path
 from mimicnorm_jax.convert.trace import Arguments
+from mimicnorm_jax.errors import UserError, first_line
 from mimicnorm_jax.parallel import quick_compilation
 
 
@@ -117,5 +118,16 @@ class Meter:
         Args:
           divided: layers whose output is divided by the root of its second moment before it goes
             on: what follows is measured as if their kernels were divided already.
+
+        Raises:
+          UserError: the network cannot be run with what is measured, as where ``linen.scan``
+            broadcasts its statistics.
         """
-        return jax.device_get(self._run(self._split(divided)[1], self._arrays))
+        try:
+            return jax.device_get(self._run(self._split(divided)[1], self._arrays))
+        except Exception as error:  # whatever a network of somebody else raises
+            why = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(
+                "second moments cannot be measured in this network; variance='formula' with shapes "
+                f"(jax.ShapeDtypeStruct) needs none: {why}"
+            ) from error

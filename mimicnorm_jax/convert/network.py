@@ -113,7 +113,8 @@ def convert(
         before the layer, see ``mimicnorm_jax.layers.activation.stable_variance_of``.
       to: ``"mimicnorm"``; ``"weightmean"`` without last BN, where examples may not be coupled;
         ``"lastbn"`` without weight mean; ``"nonorm"`` with neither and without residual scalars.
-      axis_name: mapped axis over which the last BN averages its statistics.
+      axis_name: mapped axis over which the last BN averages its statistics; by default that of the
+        network's BatchNorms.
       lean: let the network compute ``nnx.relu`` and ``nnx.max_pool`` by those of this package where
         that saves memory in training. Outputs and gradients stay the same; a call that is not
         compiled (``nnx.jit``) traces the network each time, and there is no forward-mode
@@ -162,30 +163,40 @@ def _convert(
     traced = trace(model, given, logits)
     plan = make_plan(traced, to=to, center=center)
     _warn_of_what_was_learned(plan)
+    axes = {getattr(norm.module, "axis_name", None) for norm in plan.norms}
+    if axis_name is None and len(axes) == 1:
+        (axis_name,) = axes
     built = build(model, plan, axis_name=axis_name)
     if given.are_shapes and variance == "measured":
         raise UserError("variance='measured' needs arrays; variance='formula' takes shapes")
-    before: dict[Path, Measurement] = {}
-    after: dict[Path, Measurement] = {}
     if variance == "formula":
         _use_formula(built, plan, plan.layers)
+    before: dict[Path, Measurement] = {}
+    after: dict[Path, Measurement] = {}
     if not given.are_shapes:
-        layers = {
-            layer.path: (built.layers[layer.path], stack_of(layer))
-            for layer in plan.layers
-            if hasattr(layer.module, "kernel")
-        }
-        meter = Meter(built.network, layers, given)
-        if variance == "measured":
-            gates = {layer.path for layer in plan.layers if layer.gate}
-            measurable = frozenset(layers) - gates
-            before = meter.measure(divided=measurable)
-            lost = _divide(built, plan, before)
-            if lost:  # what follows them was measured with other kernels
-                after = meter.measure(divided=measurable - lost)
-                _divide(built, plan, {path: after[path] for path in measurable - lost})
-        after = meter.measure()
+        before, after = _measure(built, plan, given, divide=variance == "measured")
     return Conversion(built.network, _report(plan, built, to, before, after))
+
+
+def _measure(
+    built: Built, plan: Plan, given: Arguments, *, divide: bool
+) -> tuple[dict[Path, Measurement], dict[Path, Measurement]]:
+    """Measures second moments before (if they are asked for) and after kernels are divided."""
+    layers = {
+        layer.path: (built.layers[layer.path], stack_of(layer))
+        for layer in plan.layers
+        if hasattr(layer.module, "kernel")
+    }
+    meter = Meter(built.network, layers, given)
+    if not divide:
+        return {}, meter.measure()
+    measurable = frozenset(layers) - {layer.path for layer in plan.layers if layer.gate}
+    before = meter.measure(divided=measurable)
+    lost = _divide(built, plan, before)
+    if lost:  # what follows them was measured with other kernels
+        again = meter.measure(divided=measurable - lost)
+        _divide(built, plan, {path: again[path] for path in measurable - lost})
+    return before, meter.measure()
 
 
 def _warn_of_what_was_learned(plan: Plan) -> None:

@@ -285,8 +285,13 @@ class _Planner:
     def _name_unreached(self, plan: Plan) -> None:
         reached = {*self.layers, *self.norms}
         for path, module in self.traced.modules.items():
-            if isinstance(module, (*NORMS, *LINEAR)) and path not in reached:
-                plan.notes.append(f"{name(path)}: not reached by the call, left as it was")
+            if isinstance(module, NORMS) and type(module) not in NORMS:
+                kind = type(module).__name__
+                plan.notes.append(f"{name(path)}: {kind} may do more than BatchNorm, it stays")
+            elif isinstance(module, (*NORMS, *LINEAR)) and path not in reached:
+                plan.notes.append(
+                    f"{name(path)}: nothing that the network is given reaches it, left as it was"
+                )
 
 
 def _members(layer: Layer) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching
@@ -24,7 +25,12 @@ LINEAR = (
     *(nnx.Conv, nnx.Linear, nnx.ConvTranspose, nnx.LinearGeneral),
     *(ScaledConv, ScaledDense, ForeignLayer),
 )
-LAYERS = (*NORMS, *LINEAR, LastBN)
+
+
+def is_of(module: nnx.Module, kinds: tuple[type[nnx.Module], ...]) -> bool:
+    """Whether a module is of one of some kinds; a subclass of a norm may do something else."""
+    return isinstance(module, kinds) and (not isinstance(module, NORMS) or type(module) in NORMS)
+
 
 # The identity, with a name of what lies between two of them.
 _mark = Primitive("mark")
@@ -77,7 +83,7 @@ def _watch(model: nnx.Module) -> None:
     modules: list[tuple[Path, Any]] = list(nnx.iter_modules(model))
     for path, module in modules:
         kind: Any = type(module)
-        if isinstance(module, LAYERS):
+        if is_of(module, (*NORMS, *LINEAR, LastBN)):
             watched = _watched_layer(kind)
         elif path and "__call__" in dir(kind):
             watched = _watched_module(kind)
@@ -102,6 +108,10 @@ class Traced:
     logits: list[Value]
 
 
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+
+
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """What a network is called with: arrays, and what is no array.
@@ -120,7 +130,7 @@ class Arguments:
     @property
     def arrays(self) -> list[Any]:
         """The arrays among them, or their shapes and types."""
-        return [leaf for leaf in self._leaves[0] if hasattr(leaf, "shape")]
+        return [leaf for leaf in self._leaves[0] if _is_array(leaf)]
 
     @property
     def are_shapes(self) -> bool:
@@ -131,7 +141,7 @@ class Arguments:
         """Calls a function with other arrays in the places of these."""
         leaves, structure = self._leaves
         given = iter(arrays)
-        filled = [next(given) if hasattr(leaf, "shape") else leaf for leaf in leaves]
+        filled = [next(given) if _is_array(leaf) else leaf for leaf in leaves]
         args, kwargs = jax.tree.unflatten(structure, filled)
         return function(*args, **kwargs)
 

@@ -95,6 +95,8 @@ relu.defjvps(lambda slope, _, x: slope)
     ("call", "left"),
     [
         (lambda x, k: nnx.avg_pool(nnx.relu(x @ k), (2, 2), (2, 2)), (1, 0)),  # it would keep more
+        (lambda x, k: jnp.where(x > 0, nnx.relu(x @ k) / 0.9, 0) @ k, (1, 0)),  # dropout
+        (lambda x, k: jnp.concatenate([nnx.relu(x @ k), x], 2) @ k, (1, 0)),
         (lambda x, k: relu(x @ k) @ k, (1, 0)),  # another derivative
         (lambda x, k: nnx.max_pool(x @ k, (2, 3), (2, 2)), (0, 1)),
         (lambda x, k: nnx.max_pool(x @ k, (2, 2), (2, 1)), (0, 1)),
