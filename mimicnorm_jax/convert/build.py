@@ -148,6 +148,7 @@ def _of_kind(old: Any, layer: Layer, use_bias: bool) -> Any:
         kernel_dilation=1 if old.kernel_dilation is None else old.kernel_dilation,
         feature_group_count=old.feature_group_count,
         scale=scale,
+        narrow=not layer.curved,  # else the compiler would keep it twice
         **shared,
     )
 

@@ -22,6 +22,12 @@ from mimicnorm_jax.convert.graph import (
 )
 from mimicnorm_jax.convert.trace import LINEAR, NORMS, Traced, is_of
 
+_CURVED = frozenset(
+    {
+        *("erf", "erfc", "exp", "exp2", "expm1", "integer_pow", "log", "log1p", "logistic", "pow"),
+        *("rsqrt", "sin", "cos", "sqrt", "square", "tanh"),
+    }
+)
 _CASTS = frozenset({"convert_element_type", "copy"})
 
 
@@ -121,6 +127,18 @@ class Flow:
             if not all(self.gates_only(result, bounded=through) for result in node.outputs):
                 return False
         return True
+
+    def is_curved(self, value: Value) -> bool:
+        """Whether a value is a product, or a curved function such as SiLU, of what layers return.
+
+        The derivative of that keeps its own input, from which the value can be computed again.
+        """
+        node = value.node
+        if node is None or not value.active or node.name not in ELEMENTWISE | SHAPES:
+            return False
+        if node.name in _CURVED or (node.name == "mul" and len(node.active_inputs) > 1):
+            return True
+        return len(node.active_inputs) == 1 and self.is_curved(node.active_inputs[0])
 
     def _is_used_once(self, value: Value) -> bool:
         return len(value.consumers) == 1 and value not in self._outputs

@@ -1,10 +1,9 @@
-"""Activations and max-pools that keep less for the backward pass, in a program that calls JAX's.
+"""ReLU and max-pool that keep less for the backward pass, in a program that calls JAX's.
 
 The derivative of ``jax.nn.relu`` keeps the sign of its input, that of ``lax.reduce_window`` its
 input; ours keep what the next layer keeps anyway, or a byte for each output (``layers.relu``,
-``models.pooling``). SiLU and GELU keep what they compute on the way; here that is computed again.
-A network calls them in its code, where nothing can be put in their place. So the network is traced,
-and its program is computed with the others.
+``models.pooling``). A network calls them in its code, where nothing can be put in their place. So
+the network is traced, and its program is computed with the others.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from flax import nnx
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-from mimicnorm_jax.convert.graph import ELEMENTWISE
 from mimicnorm_jax.convert.trace import Arguments
 from mimicnorm_jax.layers.relu import relu
 from mimicnorm_jax.models.pooling import Window, max_pool
@@ -257,8 +255,6 @@ def _enter(eqn: JaxprEqn, given: list[Any]) -> list[Any]:
     """Computes an operation, and what it calls as ``_compute`` does."""
     name, params = eqn.primitive.name, eqn.params
     inner = params.get("jaxpr")
-    if _is_activation(eqn):
-        return list(jax.checkpoint(lambda *arrays: tuple(_bind(eqn, list(arrays))))(*given))
     if inner is None or not _has_something(inner):
         return _bind(eqn, given)
     if name in ("jit", "pjit"):
@@ -296,12 +292,7 @@ def _has_something(inner: Jaxpr | ClosedJaxpr) -> bool:
     jaxpr = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
     for eqn in jaxpr.eqns:
         called = eqn.params.get("jaxpr")
-        if (
-            _is_relu(eqn)
-            or _pool_of(eqn)
-            or _is_activation(eqn)
-            or (called is not None and _has_something(called))
-        ):
+        if _is_relu(eqn) or _pool_of(eqn) or (called is not None and _has_something(called)):
             return True
     return False
 
@@ -334,27 +325,6 @@ def _is_relu(eqn: JaxprEqn) -> bool:
     if eqn.primitive.name != "custom_jvp_call" or _aval(eqn).ndim < 2:
         return False
     return _written_at(eqn.params["call_jaxpr"]) == _where_relu_is()
-
-
-_COSTLY = frozenset({"erf", "erfc", "exp", "expm1", "log1p", "logistic", "tanh"})
-
-
-def _is_activation(eqn: JaxprEqn) -> bool:
-    """Whether an operation is a function of one array such as ``nnx.silu`` and ``nnx.gelu``.
-
-    Their derivatives keep what was computed on the way. It is computed again instead, from the
-    input.
-    """
-    if eqn.primitive.name not in ("jit", "pjit") or len(eqn.outvars) > 1 or len(eqn.invars) != 1:
-        return False
-    names = _names(eqn.params["jaxpr"].jaxpr)
-    elementwise = names <= ELEMENTWISE | {"jit", "pjit"}
-    return elementwise and bool(names & _COSTLY) and _aval(eqn).ndim > 1
-
-
-def _names(jaxpr: Jaxpr) -> set[str]:
-    inner = [eqn.params["jaxpr"].jaxpr for eqn in jaxpr.eqns if "jaxpr" in eqn.params]
-    return {eqn.primitive.name for eqn in jaxpr.eqns}.union(*map(_names, inner))
 
 
 _MAX_WINDOW = 5  # ours compares as many slices as a window has places

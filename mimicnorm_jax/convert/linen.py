@@ -32,7 +32,16 @@ _COLLECTION = (
 
 
 class Part(nnx.Module):
-    """A module that is no layer: it computes as it did."""
+    """A module that is no layer: it computes as it did.
+
+    Args:
+      kind_name: the name of its class.
+      is_norm: whether that is a subclass of BatchNorm.
+    """
+
+    def __init__(self, kind_name: str, *, is_norm: bool):
+        self.kind_name = kind_name
+        self.is_norm = is_norm
 
     def __call__(self, proceed: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """``proceed(...)``, what the module itself would have returned."""
@@ -135,7 +144,8 @@ def computed_by(entries: Mapping[str, _Entry], *, uses_average: bool | None) -> 
         part = entry.merge(module.scope)
         if isinstance(module, linen.BatchNorm):
             said = _uses_average(module, *args, **kwargs)
-            told = said if uses_average is None else uses_average
+            if uses_average is None and said is not None:
+                told = said
         for _, inner in nnx.iter_modules(part):
             if hasattr(inner, "use_running_average"):
                 trains = module.is_mutable_collection("batch_stats")  # where no BatchNorm told yet
@@ -170,8 +180,8 @@ def _is_foreign(part: Any) -> bool:
 
 def _uses_average(
     norm: linen.BatchNorm, x: Any = None, use_running_average: bool | None = None, **_: Any
-) -> bool:
-    return bool(norm.use_running_average if use_running_average is None else use_running_average)
+) -> bool | None:
+    return norm.use_running_average if use_running_average is None else use_running_average
 
 
 class _Network:
@@ -341,7 +351,7 @@ def _part(module: Any, held: dict[str, Any]) -> nnx.Module:
             rngs=nnx.Rngs(0),
         )
     elif not isinstance(module, _LINEAR):
-        return Part()
+        return Part(type(module).__name__, is_norm=isinstance(module, linen.BatchNorm))
     elif type(module) is linen.Dense and _is_usual(module):
         part = nnx.Linear(1, 1, **_shared(module))
         part.in_features, part.out_features = held["kernel"].shape[-2:]

@@ -13,7 +13,7 @@ from mimicnorm_jax.convert.flow import Flow
 from mimicnorm_jax.convert.formula import expected_moments
 from mimicnorm_jax.convert.graph import Node, Path, Value
 from mimicnorm_jax.convert.residual import residual_joins
-from mimicnorm_jax.convert.support import unsupported
+from mimicnorm_jax.convert.support import kind_of, unsupported
 from mimicnorm_jax.convert.trace import LINEAR, NORMS, Traced
 from mimicnorm_jax.errors import UserError, unknown
 from mimicnorm_jax.layers import LastBN
@@ -38,6 +38,7 @@ class Layer:
       gate: whether all that it does is to decide by what others are multiplied. Its kernel keeps
         its variance: a gate of a squeezed average, which is small, would get weights of ten times
         the usual size.
+      curved: whether what it is given is kept in another form: see ``Flow.is_curved``.
       reason: why it stays as it was; None where it does not.
       centered: whether its kernel is to be centred.
       scales: the initial residual scalar of each call; None without.
@@ -54,6 +55,7 @@ class Layer:
     depthwise: bool
     before_norm: bool = False
     gate: bool = False
+    curved: bool = False
     reason: str | None = None
     centered: bool = False
     scales: list[float] | None = None
@@ -161,6 +163,7 @@ class _Planner:
         for layer in plan.layers:
             results = [node.outputs[0] for node in layer.nodes]
             layer.before_norm = any(map(self.flow.before_norm, results))
+            layer.curved = all(self.flow.is_curved(node.inputs[0]) for node in layer.nodes)
             layer.gate = not layer.before_norm and all(map(self.flow.gates_only, results))
         if to in ("mimicnorm", "lastbn"):
             self._find_classifiers()
@@ -263,6 +266,8 @@ class _Planner:
             members = _members(layer)
             if layer.scales and len(set(layer.scales)) > 1 and members != len(layer.scales):
                 layer.reason = "one kernel is used in several residual blocks"
+            elif layer.scales and members != len(layer.scales):
+                layer.scales = layer.scales[:1]
         elif layer.scales and len(set(layer.scales)) > 1:
             layer.reason = "one kernel is used in several residual blocks"
         elif len({self.flow.before_norm(node.outputs[0]) for node in layer.nodes}) > 1:
@@ -285,8 +290,9 @@ class _Planner:
     def _name_unreached(self, plan: Plan) -> None:
         reached = {*self.layers, *self.norms}
         for path, module in self.traced.modules.items():
-            if isinstance(module, NORMS) and type(module) not in NORMS:
-                kind = type(module).__name__
+            is_norm = isinstance(module, NORMS) or getattr(module, "is_norm", False)
+            if is_norm and type(module) not in NORMS:
+                kind = kind_of(module)
                 plan.notes.append(f"{name(path)}: {kind} may do more than BatchNorm, it stays")
             elif isinstance(module, (*NORMS, *LINEAR)) and path not in reached:
                 plan.notes.append(

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import pickle
 import re
 
 import jax
@@ -13,6 +14,7 @@ from flax import linen, nnx
 import mimicnorm_jax
 from mimicnorm_jax.convert.lean import make_lean, undo_lean, with_lean_functions
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using 'Module.sow")
 IMAGES = np.random.default_rng(0).normal(size=(8, 16, 16, 3)).astype(np.float32)
 
 
@@ -99,6 +101,8 @@ relu.defjvps(lambda slope, _, x: slope)
         (lambda x, k: jnp.concatenate([nnx.relu(x @ k), x], 2) @ k, (1, 0)),
         (lambda x, k: relu(x @ k) @ k, (1, 0)),  # another derivative
         (lambda x, k: nnx.max_pool(x @ k, (2, 3), (2, 2)), (0, 1)),
+        (lambda x, k: nnx.max_pool(x @ k, (16, 16)), (0, 1)),  # too many places to compare
+        (lambda x, k: nnx.relu(jnp.concatenate([x, x], -1) + 1) @ jnp.vstack([k, k]), (1, 0)),
         (lambda x, k: nnx.max_pool(x @ k, (2, 2), (2, 1)), (0, 1)),
         (lambda x, k: nnx.max_pool(x, (3, 3), (2, 2), padding="SAME") @ k, (0, 1)),  # one side
         (lambda x, k: [x @ x.swapaxes(2, 3), nnx.max_pool(x, (2, 2), (2, 2))], (0, 1)),  # x is kept
@@ -126,7 +130,6 @@ class Network(nnx.Module):
         return scale * self.head(x.mean((1, 2)))
 
 
-@pytest.mark.filterwarnings("ignore:Using 'Module.sow")
 def test_a_network_changes_as_it_would():
     networks = [Network(nnx.Rngs(0)) for _ in range(2)]
     make_lean(networks[1])
@@ -143,6 +146,76 @@ def test_a_network_changes_as_it_would():
     assert len(networks[1].seen.get_value()) == 2
     undo_lean(networks[1])
     assert type(networks[1]) is Network
+
+
+class Holder(nnx.Module):
+    """What networks have beside Variables, and what is changed beside them."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5)
+        self.mean, self.deviation = jnp.array([0.1, 0.2, 0.3]), np.array([0.5, 0.4, 0.3])
+        self.head = nnx.Linear(4, 10, rngs=rngs)
+        self.calls = 0
+
+    def __call__(self, x, *, state=None, flip=False, rngs=None):
+        self.calls += 1
+        x = (x - self.mean) / self.deviation
+        x = x[:, ::-1] if flip else x
+        x = nnx.relu(self.norm(self.conv(x)))
+        x = x if rngs is None else self.dropout(x, rngs=rngs)
+        x = x if state is None else x + state
+        return self.head(x.mean((1, 2)))
+
+
+def test_what_else_a_network_holds_and_takes():
+    models = [
+        mimicnorm_jax.convert(Holder(nnx.Rngs(0)), IMAGES, lean=lean).network
+        for lean in (True, False)
+    ]
+    streams = [nnx.Rngs(1), nnx.Rngs(1)]
+    for options in ({}, {"state": jnp.ones(())}, {"flip": np.bool_(True)}, {}, {}):
+        given = [dict(options) for _ in models]
+        if options == {}:
+            given = [{"rngs": rngs} for rngs in streams]
+        first, second = (
+            nnx.jit(lambda model, options: model(IMAGES, **options))(model, own)
+            if "rngs" in own
+            else model(IMAGES, **own)
+            for model, own in zip(models, given, strict=True)
+        )
+        np.testing.assert_allclose(first, second, atol=1e-5)
+    assert [rngs.dropout.count[...] for rngs in streams] == [3, 3]
+    assert models[0].calls == models[1].calls > 3
+
+
+def test_a_lean_network_is_pickled_and_part_of_another():
+    model, _ = mimicnorm_jax.convert(Network(nnx.Rngs(0)), IMAGES)
+    model.eval()
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again) is type(model)
+    np.testing.assert_array_equal(again(IMAGES), model(IMAGES))
+    chain, _ = mimicnorm_jax.convert(Chain(nnx.Rngs(0)), IMAGES, variance="formula")
+    plain, _ = mimicnorm_jax.fold(nnx.Sequential(chain, nnx.Linear(10, 2, rngs=nnx.Rngs(0))))
+    assert "custom_vjp" not in str(jax.make_jaxpr(plain)(IMAGES))
+
+
+def test_what_was_compiled_within_stays_compiled():
+    traced = []
+
+    class Inner(Chain):
+        @nnx.jit
+        def __call__(self, x):
+            traced.append(x)
+            return Chain.__call__(self, x)
+
+    model, _ = mimicnorm_jax.convert(Inner(nnx.Rngs(0)), IMAGES, variance="formula")
+    model.eval()
+    for _ in range(2):
+        seen = model(IMAGES), len(traced)
+    np.testing.assert_allclose(model(IMAGES), seen[0], atol=1e-6)
+    assert len(traced) == seen[1]
 
 
 class Chain(nnx.Module):

@@ -1,6 +1,7 @@
 """Networks of ``flax.linen``: converted as their twins of NNX are, and used as before."""
 
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -277,3 +278,66 @@ def test_refuses_in_one_line():
         mimicnorm_jax.convert(module, IMAGES, varience="formula")
     with pytest.raises(UserError, match="calls no BatchNorm"):
         mimicnorm_jax.convert(linen.Dense(3), IMAGES)
+
+
+class EarlyHead(linen.Module):
+    """Logits before the first BatchNorm, and modules of names that an NNX module has."""
+
+    @linen.compact
+    def __call__(self, x, train):
+        x = linen.relu(linen.Conv(8, (3, 3), name="entries")(x))
+        early = linen.Dense(10, name="early")(x.mean((1, 2)))
+        x = linen.relu(
+            linen.BatchNorm(use_running_average=not train)(linen.Conv(8, (3, 3), name="eval")(x))
+        )
+        return early, linen.Dense(10)(x.mean((1, 2)))
+
+
+def test_logits_before_the_first_norm_and_names_of_methods():
+    network, report = mimicnorm_jax.convert(
+        EarlyHead(), IMAGES, train=True, logits=lambda outputs: outputs
+    )
+    variables = network.init(jax.random.key(1), IMAGES, train=True)
+    kernel = variables["params"]["eval"]["kernel"]
+    assert report.num_centered == 1 and np.abs(np.mean(kernel, (0, 1, 2))).max() < 1e-6
+    outputs, updates = network.apply(variables, IMAGES, train=True, mutable=["batch_stats"])
+    for logits in outputs:
+        np.testing.assert_allclose(np.std(logits, 0), 1, atol=1e-2)
+    assert np.any(updates["batch_stats"]["early"]["mean"])
+    early, _ = network.apply({**variables, **updates}, IMAGES[:1], train=False)
+    assert np.all(np.isfinite(early))
+
+
+class NormAndMore(linen.BatchNorm):
+    def __call__(self, x):
+        return 100 + super().__call__(x, use_running_average=True)
+
+
+class Step(linen.Module):
+    @linen.compact
+    def __call__(self, x, _):
+        return linen.relu(linen.BatchNorm(use_running_average=True)(linen.Dense(3)(x))), None
+
+
+class Shared(linen.Module):
+    """A block whose weights a scan shares, and a subclass of BatchNorm."""
+
+    @linen.compact
+    def __call__(self, x):
+        shared = ["params", "batch_stats"]
+        scanned = linen.scan(
+            Step, variable_broadcast=shared, split_rngs={"params": False}, length=2
+        )
+        x, _ = scanned()(x, None)
+        return linen.Dense(10)(NormAndMore()(x).mean((1, 2)))
+
+
+def test_what_cannot_be_measured_is_said_and_a_subclass_stays():
+    with pytest.raises(UserError, match=r"cannot be measured .* variance='formula' with shapes"):
+        mimicnorm_jax.convert(Shared(), IMAGES)
+    shape = jax.ShapeDtypeStruct(IMAGES.shape, jnp.float32)
+    network, report = mimicnorm_jax.convert(Shared(), shape, variance="formula")
+    assert any("NormAndMore_0: NormAndMore" in note for note in report.notes)
+    variables = network.init(jax.random.key(0), IMAGES)
+    assert network.apply(variables, IMAGES).shape == (16, 10)
+    assert pickle.loads(pickle.dumps(network)).apply(variables, IMAGES).shape == (16, 10)
