@@ -207,3 +207,38 @@ def test_a_folded_network_computes_the_same(float64, name):
     for network, args in ((converted, ()), (model, (example,))):
         as_if_trained(network)
         check_folded(network, args, example)
+
+
+def train(network, example, steps=2):
+    network.train()
+    graph, params, rest = nnx.split(network, nnx.Param, ...)
+
+    def loss(params, rest):
+        model = nnx.merge(graph, params, rest, copy=True)
+        losses = [-jax.nn.log_softmax(y)[:, 0].mean() for y in jax.tree.leaves(model(example))]
+        return sum(losses), nnx.state(model, nnx.Not(nnx.Param))
+
+    step = jax.jit(
+        jax.grad(loss, has_aux=True), compiler_options={"xla_backend_optimization_level": 0}
+    )
+    for _ in range(steps):
+        slopes, rest = step(params, rest)
+        params = jax.tree.map(lambda p, slope: p - 0.05 * slope, params, slopes)
+    nnx.update(network, params, rest)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", EXPECTED)
+def test_it_is_folded_after_training_steps(float64, name):
+    model = create(name)
+    in_float64(model)
+    converted, _ = convert(model, SHAPE, variance="formula")
+    in_float64(converted)
+    example = jax.random.normal(jax.random.key(0), (4, 32, 32, 3), jnp.float64)
+    for network, args in ((converted, ()), (model, (example,))):
+        kinds = nnx.Param, nnx.BatchStat
+        before = jax.tree.map(np.array, jax.tree.leaves(nnx.state(network, kinds)))
+        train(network, example)
+        after = jax.tree.leaves(nnx.state(network, kinds))
+        assert sum(np.any(a != b) for a, b in zip(before, after, strict=True)) > len(before) / 2
+        check_folded(network, args, example)
