@@ -244,11 +244,17 @@ def _joined(var: Any, makers: dict[Any, JaxprEqn]) -> bool:
     Its parts are kept once for all the concatenations that they are in. From them the compiler
     computes again what ReLU makes of each.
     """
-    maker = makers.get(var)
-    if maker is None or maker.primitive.name == "concatenate":
-        return maker is not None
-    shifted = maker.primitive.name in ("add", "sub", "mul")
-    return shifted and any(_joined(atom, makers) for atom in maker.invars if isinstance(atom, Var))
+    seen, stack = set(), [var]
+    while stack:
+        maker = makers.get(stack.pop())
+        if maker is None or id(maker) in seen:
+            continue
+        seen.add(id(maker))
+        if maker.primitive.name == "concatenate":
+            return True
+        if maker.primitive.name in ("add", "sub", "mul"):
+            stack.extend(atom for atom in maker.invars if isinstance(atom, Var))
+    return False
 
 
 def _enter(eqn: JaxprEqn, given: list[Any]) -> list[Any]:

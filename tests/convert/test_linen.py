@@ -210,8 +210,8 @@ def test_folds_into_plain_layers():
         images = np.asarray(IMAGES, np.float64)
         wide = functools.partial(jax.tree.map, lambda a: jnp.asarray(a, jnp.float64))
         rng = np.random.default_rng(1)
-        for to in ("mimicnorm", None):
-            network = module = Network(gated=True, scanned=2)
+        for to, module in (("mimicnorm", Network(0, scanned=2)), (None, Network(gated=True))):
+            network = module
             if to is not None:
                 network, _ = mimicnorm_jax.convert(module, images, to=to)
             drawn = wide(network.init(jax.random.key(0), images))

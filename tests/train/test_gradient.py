@@ -32,7 +32,7 @@ NETWORKS = {
     ("name", "devices", "parts"),  # on each
     [
         ("mimicnorm", 4, 2),
-        ("dropout", 4, 2),
+        pytest.param("dropout", 4, 2, marks=pytest.mark.long),
         pytest.param("fixup", 1, 4, marks=pytest.mark.long),
         pytest.param("mimicnorm", 1, 4, marks=pytest.mark.long),
         pytest.param("fixup", 4, 2, marks=pytest.mark.long),
