@@ -155,8 +155,11 @@ class Flow:
         return None
 
     def channels_of(self, value: Value) -> LinearEnd | None:
-        """The layer whose channels a value has as its last axis, averaged over places at most."""
-        return self.linear_end(value, same_channels=True)
+        """The layer whose channels a value has as its last axis, averaged over places at most.
+
+        None where the value, or what it is made of, is used for something else too.
+        """
+        return self.linear_end(value, same_channels=True) if self._is_used_once(value) else None
 
     def linear_end(
         self, value: Value, *, alone: bool = True, same_channels: bool = False

@@ -83,3 +83,17 @@ def test_what_is_kept_in_another_form_is_not_kept_rounded_too(between, narrow):
 
     network, _ = convert(net(function, conv=conv(8, 8), second=norm(8)))
     assert network.conv.narrow is narrow
+
+
+def test_a_norm_is_not_folded_into_a_layer_that_feeds_something_else_too():
+    def function(m, x):
+        x = m.stem(x)
+        return m.head(jnp.concatenate([x, nnx.relu(m.norm(x))], -1).mean((1, 2)))
+
+    model = net(function, head=dense(16))
+    model.norm.mean[...] = jnp.arange(8.0) / 8
+    model.eval()
+    images = jax.random.normal(jax.random.key(0), SHAPE.shape)
+    plain, report = mimicnorm_jax.fold(model, images)
+    np.testing.assert_allclose(plain(images), model(images), atol=1e-5)
+    assert "stays as a scale and a shift" in became(report, "norm").became
