@@ -266,9 +266,8 @@ def _enter(eqn: JaxprEqn, given: list[Any]) -> list[Any]:
     if name in ("jit", "pjit"):
         return list(_compiled(inner)(given))
     if name in ("remat", "remat2", "checkpoint"):
-        body = functools.partial(_compute, inner, [])
         options = {key: params[key] for key in ("policy", "prevent_cse")}
-        return list(jax.checkpoint(lambda *arrays: body(arrays), **options)(*given))
+        return list(jax.checkpoint(functools.partial(_compute, inner, []), **options)(given))
     if name == "scan":
         return _scan(inner, given, params)
     return _bind(eqn, given)
@@ -351,6 +350,9 @@ def _pool_of(eqn: JaxprEqn) -> Window | None:
         return None
     if len(set(window)) > 1 or len(set(stride)) > 1 or len(sides) > 1:
         return None
+    (side,) = sides
+    if side >= window[0]:  # windows of padding alone, which ReLU must not come after
+        return None
     if window[0] > _MAX_WINDOW or not jnp.issubdtype(_aval(eqn).dtype, jnp.floating):
         return None
-    return Window(window[0], stride[0], sides.pop())
+    return Window(window[0], stride[0], side)

@@ -26,9 +26,7 @@ _LINEAR = (
     *(linen.Conv, linen.ConvLocal, linen.ConvTranspose, linen.Dense, linen.DenseGeneral),
     linen.Einsum,
 )
-_COLLECTION = (
-    "collection"  # metadata of a variable: where Linen has it, where its type does not say
-)
+_COLLECTION = "collection"  # metadata of a variable: where Linen has it
 
 
 class Part(nnx.Module):
@@ -318,13 +316,9 @@ def linen_module(
     flat = traverse_util.flatten_dict(linen.meta.unbox(dict(variables)))
     parts: dict[str, nnx.Module] = {}
     for attribute, called in seen.items():
-        held = {
-            place[-1]: flat.pop(place)
-            for place in list(flat)
-            if (isinstance(called, _LINEAR) or type(called) is linen.BatchNorm)
-            and place[1:-1] == tuple(called.path)
-        }
-        parts[attribute] = _part(called, held)
+        is_layer = isinstance(called, _LINEAR) or type(called) is linen.BatchNorm
+        own = [place for place in flat if is_layer and place[1:-1] == tuple(called.path)]
+        parts[attribute] = _part(called, {place[-1]: flat.pop(place) for place in own})
     kinds = {attribute: type(called) for attribute, called in seen.items()}
     paths = {attribute: tuple(called.path) for attribute, called in seen.items()}
     others = {f"{'/'.join(path)}:{path[0]}": (path[0], value) for path, value in flat.items()}

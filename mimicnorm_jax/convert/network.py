@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, Literal, NamedTuple, TypeVar, get_args, overload
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,54 +28,21 @@ from mimicnorm_jax.layers.activation import stable_variance_of
 Variance = Literal["measured", "formula"]
 
 
-Network = TypeVar("Network", nnx.Module, LinenNetwork)
-
-
-class Conversion(NamedTuple, Generic[Network]):
+class Conversion(NamedTuple):
     """What ``convert`` returns: ``network, report = convert(...)``.
 
     Attributes:
-      network: the converted copy; of a network of ``flax.linen`` what has its ``init`` and
-        ``apply``.
+      network: the converted copy, of the class of the network that was given; of a network of
+        ``flax.linen`` a ``LinenNetwork``, which has its ``init`` and ``apply``.
       report: what was done to each layer.
     """
 
-    network: Network
+    network: Any
     report: Report
 
 
-@overload
 def convert(
-    model: nnx.Module,
-    *args: Any,
-    logits: Callable[[Any], Any] | None = ...,
-    center: CenterRule = ...,
-    variance: Variance = ...,
-    to: To = ...,
-    axis_name: str | None = ...,
-    lean: bool = ...,
-    memory: bool = ...,
-    **kwargs: Any,
-) -> Conversion[nnx.Module]: ...
-
-
-@overload
-def convert(
-    model: linen.Module,
-    *args: Any,
-    logits: Callable[[Any], Any] | None = ...,
-    center: CenterRule = ...,
-    variance: Variance = ...,
-    to: To = ...,
-    axis_name: str | None = ...,
-    lean: bool = ...,
-    memory: bool = ...,
-    **kwargs: Any,
-) -> Conversion[LinenNetwork]: ...
-
-
-def convert(
-    model: Any,
+    model: nnx.Module | linen.Module,
     *args: Any,
     logits: Callable[[Any], Any] | None = None,
     center: CenterRule = "not_depthwise",
@@ -85,7 +52,7 @@ def convert(
     lean: bool = True,
     memory: bool = False,
     **kwargs: Any,
-) -> Conversion[Any]:
+) -> Conversion:
     """Puts MimicNorm in the place of the BatchNorms of a network.
 
     Which layer feeds which is read from the program that ``model(*args)`` is, not from the names
@@ -159,7 +126,7 @@ def _convert(
     variance: Variance,
     to: To,
     axis_name: str | None,
-) -> Conversion[Any]:
+) -> Conversion:
     traced = trace(model, given, logits)
     plan = make_plan(traced, to=to, center=center)
     _warn_of_what_was_learned(plan)

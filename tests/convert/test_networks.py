@@ -197,20 +197,10 @@ def check_folded(model, args, example):
     return report
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_a_folded_network_computes_the_same(float64, name):
-    model = create(name)
-    in_float64(model)
-    converted, _ = convert(model, SHAPE, variance="formula")
-    in_float64(converted)
-    example = jax.random.normal(jax.random.key(0), (4, 32, 32, 3), jnp.float64)
-    for network, args in ((converted, ()), (model, (example,))):
-        as_if_trained(network)
-        check_folded(network, args, example)
-
-
-def train(network, example, steps=2):
+def train(network, steps=2):
+    """Trains a few steps, in place."""
     network.train()
+    example = jax.random.normal(jax.random.key(1), (4, 32, 32, 3), jnp.float64)
     graph, params, rest = nnx.split(network, nnx.Param, ...)
 
     def loss(params, rest):
@@ -218,27 +208,26 @@ def train(network, example, steps=2):
         losses = [-jax.nn.log_softmax(y)[:, 0].mean() for y in jax.tree.leaves(model(example))]
         return sum(losses), nnx.state(model, nnx.Not(nnx.Param))
 
-    step = jax.jit(
-        jax.grad(loss, has_aux=True), compiler_options={"xla_backend_optimization_level": 0}
-    )
+    options = {"xla_backend_optimization_level": 0}
+    step = jax.jit(jax.grad(loss, has_aux=True), compiler_options=options)
     for _ in range(steps):
         slopes, rest = step(params, rest)
         params = jax.tree.map(lambda p, slope: p - 0.05 * slope, params, slopes)
     nnx.update(network, params, rest)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", EXPECTED)
-def test_it_is_folded_after_training_steps(float64, name):
+@pytest.mark.parametrize("move", [as_if_trained, pytest.param(train, marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", ALL)
+def test_a_folded_network_computes_the_same(float64, name, move):
     model = create(name)
     in_float64(model)
     converted, _ = convert(model, SHAPE, variance="formula")
     in_float64(converted)
     example = jax.random.normal(jax.random.key(0), (4, 32, 32, 3), jnp.float64)
+    kinds = nnx.Param, nnx.BatchStat
     for network, args in ((converted, ()), (model, (example,))):
-        kinds = nnx.Param, nnx.BatchStat
         before = jax.tree.map(np.array, jax.tree.leaves(nnx.state(network, kinds)))
-        train(network, example)
+        move(network)
         after = jax.tree.leaves(nnx.state(network, kinds))
         assert sum(np.any(a != b) for a, b in zip(before, after, strict=True)) > len(before) / 2
         check_folded(network, args, example)
