@@ -204,7 +204,7 @@ class Graph:
 
     def _scan(self, inputs: list[Value], **params: Any) -> list[Value]:
         body, length = params["jaxpr"], params["length"]
-        num_consts, num_carry = params["num_consts"], params["num_carry"]
+        num_consts, num_carry = scan_counts(params, len(inputs))
         consts = inputs[:num_consts]
         carry = inputs[num_consts : num_consts + num_carry]
         scanned = inputs[num_consts + num_carry :]
@@ -228,6 +228,14 @@ class Graph:
             "slice_member", [value], [Value(value.shape[1:])], {"index": index}, _slice_member
         )
         return self._add(node)[0]
+
+
+def scan_counts(params: dict[str, Any], num_inputs: int) -> tuple[int, int]:
+    """How many inputs of a scan are the same in each round, and how many are carried on."""
+    if "ft_in" in params:  # JAX from 0.12 on
+        consts, carry, _ = params["ft_in"].update(range(num_inputs)).unpack()
+        return len(list(consts)), len(list(carry))
+    return params["num_consts"], params["num_carry"]
 
 
 class _Function(NamedTuple):

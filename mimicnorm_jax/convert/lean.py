@@ -20,6 +20,7 @@ from flax import nnx
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
+from mimicnorm_jax.convert.graph import scan_counts
 from mimicnorm_jax.convert.trace import Arguments
 from mimicnorm_jax.layers.relu import relu
 from mimicnorm_jax.models.pooling import Window, max_pool
@@ -280,7 +281,7 @@ def _compiled(inner: ClosedJaxpr) -> Callable[[list[Any]], list[Any]]:
 
 
 def _scan(inner: ClosedJaxpr, given: list[Any], params: dict[str, Any]) -> list[Any]:
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    num_consts, num_carry = scan_counts(params, len(given))
     consts, given = given[:num_consts], given[num_consts:]
 
     def body(carry: list[Any], xs: list[Any]) -> tuple[list[Any], list[Any]]:
