@@ -15,13 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 from mimicnorm_jax.convert.graph import scan_counts
-from mimicnorm_jax.convert.trace import Arguments
+from mimicnorm_jax.convert.trace import Arguments, is_array
 from mimicnorm_jax.layers.relu import relu
 from mimicnorm_jax.models.pooling import Window, max_pool
 
@@ -50,7 +49,7 @@ def _lean(kind: Any) -> type[nnx.Module]:
             kinds.update({p: type(v) for p, v in nnx.to_flat_state(nnx.state(network))})
             attributes.update(_static_attributes(network))
             after = _values(network)  # what is sown is no array, and changed where it is
-            changed = {p: v for p, v in after.items() if not (_is_array(v) and given.get(p) is v)}
+            changed = {p: v for p, v in after.items() if not (is_array(v) and given.get(p) is v)}
             return outputs, changed
 
         outputs, changed = with_lean_functions(run, state, *args, **kwargs)
@@ -112,7 +111,7 @@ def _static_attributes(network: nnx.Module) -> dict[Any, Any]:
         for name, value in vars(module).items()
         if not name.startswith("_pytree__")
         and isinstance(value, int | float | str | tuple | None)
-        and not any(_is_array(leaf) for leaf in jax.tree.leaves(value))
+        and not any(is_array(leaf) for leaf in jax.tree.leaves(value))
     }
 
 
@@ -145,17 +144,13 @@ def with_lean_functions(function: Callable[..., Any], /, *args: Any, **kwargs: A
     def arrays_of(arrays: Sequence[Any]) -> list[Any]:
         nonlocal structure, others
         leaves, structure = jax.tree.flatten(given.call(function, arrays))
-        others = [None if _is_array(leaf) else leaf for leaf in leaves]
-        return [leaf for leaf in leaves if _is_array(leaf)]
+        others = [None if is_array(leaf) else leaf for leaf in leaves]
+        return [leaf for leaf in leaves if is_array(leaf)]
 
     closed = jax.make_jaxpr(arrays_of)(given.arrays)
     results = iter(_compute(closed.jaxpr, closed.consts, given.arrays))
     leaves = [next(results) if other is None else other for other in others]
     return jax.tree.unflatten(structure, leaves)
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray)
 
 
 def _compute(jaxpr: Jaxpr, consts: Sequence[Any], arrays: Sequence[Any]) -> list[Any]:

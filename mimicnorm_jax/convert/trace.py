@@ -108,7 +108,8 @@ class Traced:
     logits: list[Value]
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf of what a network takes or returns is an array, or the shape of one."""
     return isinstance(leaf, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
 
 
@@ -130,7 +131,7 @@ class Arguments:
     @property
     def arrays(self) -> list[Any]:
         """The arrays among them, or their shapes and types."""
-        return [leaf for leaf in self._leaves[0] if _is_array(leaf)]
+        return [leaf for leaf in self._leaves[0] if is_array(leaf)]
 
     @property
     def are_shapes(self) -> bool:
@@ -141,7 +142,7 @@ class Arguments:
         """Calls a function with other arrays in the places of these."""
         leaves, structure = self._leaves
         given = iter(arrays)
-        filled = [next(given) if _is_array(leaf) else leaf for leaf in leaves]
+        filled = [next(given) if is_array(leaf) else leaf for leaf in leaves]
         args, kwargs = jax.tree.unflatten(structure, filled)
         return function(*args, **kwargs)
 
