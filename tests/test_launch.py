@@ -314,15 +314,15 @@ def environment(tmp_path):
     return os.environ | {"VENV": str(tmp_path / "venv")}
 
 
+LOCAL = ["bash", "launch/local.sh", "2", *TINY]
+PIPES = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT, "text": True}
+
+
 def test_local_sh_trains_in_several_processes_and_says_which_prints_what(environment, tmp_path):
     workdir = tmp_path / "run"
-    command = ["bash", "launch/local.sh", "2", *TINY, f"--workdir={workdir}"]
-    options = {"cwd": ROOT, "env": environment, "text": True}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = [*LOCAL, f"--workdir={workdir}", "--config.epochs=500"]
     # until Ctrl-C, which reaches every process of the terminal, the script's own too
-    with subprocess.Popen(
-        [*command, "--config.epochs=500"], start_new_session=True, **pipes, **options
-    ) as started:
+    with subprocess.Popen(command, start_new_session=True, env=environment, **PIPES) as started:
         deadline = time.monotonic() + 100
         while logged_step(workdir) < 5:
             assert time.monotonic() < deadline and started.poll() is None
@@ -334,10 +334,12 @@ def test_local_sh_trains_in_several_processes_and_says_which_prints_what(environ
         assert f"[{process}] process {process}/2, 1 local device, " in stdout
     assert "[0] stopped by " in stdout and "[1] stopped by " not in stdout
     assert "resume with the same command" in stdout
-    # what is wrong is said once, and is its exit code
-    done = subprocess.run(
-        [*command, "--config.method=none"], timeout=120, capture_output=True, **options
-    )
+
+
+@pytest.mark.long
+def test_local_sh_says_what_is_wrong_once_and_has_its_exit_code(environment, tmp_path):
+    command = [*LOCAL, f"--workdir={tmp_path / 'run'}", "--config.method=none"]
+    done = subprocess.run(command, timeout=120, env=environment, **PIPES)
     assert done.returncode == 2
     assert "[0] error: unknown config.method 'none'" in done.stderr
     assert "[1] process" not in done.stderr

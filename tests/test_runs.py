@@ -221,7 +221,11 @@ import mimicnorm_jax
 
 
 @pytest.mark.parametrize(
-    ("guard", "works"), [('if __name__ == "__main__":', True), ("for _ in range(1):", False)]
+    ("guard", "works"),
+    [
+        pytest.param('if __name__ == "__main__":', True, marks=pytest.mark.long),
+        ("for _ in range(1):", False),
+    ],
 )
 def test_worker_processes_need_a_main_guard_and_say_so(guard, works, tmp_path):
     for split in ("train", "test"):
@@ -235,7 +239,7 @@ def test_worker_processes_need_a_main_guard_and_say_so(guard, works, tmp_path):
     script = tmp_path / "script.py"
     workdir = str(tmp_path / "run")
     script.write_text(SCRIPT.format(guard=guard, workdir=workdir, overrides=overrides))
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=300)
     if works:
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "run" / "summary.json").exists()

@@ -43,6 +43,8 @@ NOT_ONE = {
     ("hourglass", "head/tower/layers/3"),
 }
 QUICK = ("scanned_resnet",)
+# what others have too
+ALIKE = ("wide_resnet", "se_resnet", "googlenet", "resnext", "nin")
 SLOW = tuple(name for name in EXPECTED if name not in QUICK)
 ALL = (*QUICK, *(pytest.param(name, marks=pytest.mark.long) for name in SLOW))
 SHAPE = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
@@ -103,7 +105,9 @@ def scales_of(report):
     return sorted(round(scale**-2, 3) for scale in flat)
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.long if n in ALIKE else ()) for n in EXPECTED]
+)
 def test_every_layer_gets_what_its_place_asks_for(name):
     model = create(name)
     before = jax.tree.leaves(nnx.state(model, nnx.Param))

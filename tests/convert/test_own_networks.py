@@ -14,7 +14,7 @@ from mimicnorm_jax.models import BRANCHED, NETWORKS
 from tests.convert.test_networks import as_if_trained, check_folded
 
 SHAPE = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
-QUICK = ("mlp", "resnet8", "shufflenetv2_x0_5")
+QUICK = ("mlp", "resnet8")
 long = pytest.mark.long
 
 

@@ -71,7 +71,13 @@ def test_every_network_is_counted():
     assert ACTIVATIONS.keys() == NETWORKS.keys()
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    "network",
+    [
+        pytest.param(name, marks=pytest.mark.long if ACTIVATIONS[name] > 40 else ())
+        for name in NETWORKS
+    ],
+)
 def test_a_method_can_replace_every_activation(network, monkeypatch):
     """The second proof of the cut: no network has a ReLU of its own."""
 
@@ -195,7 +201,9 @@ def test_batchnorm_has_one_norm_a_convolution_and_global_statistics_only_if_aske
 class TestFixup:
     """Zhang, Dauphin and Ma 2019, Section 3."""
 
-    @pytest.mark.parametrize("network", ["resnet20", "resnet18", "resnet50"])
+    @pytest.mark.parametrize(
+        "network", ["resnet20", "resnet18", pytest.param("resnet50", marks=pytest.mark.long)]
+    )
     def test_logits_and_branches_are_zero_at_the_start(self, network):
         model = make(network, "fixup")
         x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))

@@ -93,6 +93,7 @@ def test_pairs_of_images_through_depth(name, digits, tmp_path):
         assert abs(found["theory"][-1] - last.mean()) < 0.1
 
 
+@pytest.mark.long
 def test_outputs_surge_without_the_last_bn(digits):
     """Figure 10, of a narrower network: with it the variance grows too, but less and less."""
     options = {"width": 1 / 16, "batch": 32, "steps": 40}

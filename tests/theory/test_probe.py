@@ -40,7 +40,10 @@ def test_statistics_are_those_of_the_pre_activations():
     np.testing.assert_allclose(measured.quantiles[7, 2], np.median(x[..., 7]), rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["mimicnorm", "batchnorm", "fixup"])
+@pytest.mark.parametrize(
+    "method",
+    ["mimicnorm", *(pytest.param(m, marks=pytest.mark.long) for m in ("batchnorm", "fixup"))],
+)
 def test_a_probe_computes_what_the_network_does(images, labels, method):
     """Its parts are in the way of nothing: the same initial values, logits and gradients."""
     model = create_model("resnet8", method=method, rngs=nnx.Rngs(3), **OPTIONS)

@@ -105,6 +105,7 @@ def test_a_wrong_command_line_is_one_line(run_benchmark, arguments, message):
     assert message in line
 
 
+@pytest.mark.long
 def test_the_start_of_a_run_is_timed_with_an_empty_and_a_warm_cache(run_benchmark, tmp_path):
     done = run_benchmark(
         "startup",

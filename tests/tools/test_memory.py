@@ -226,10 +226,11 @@ def test_what_was_compiled_is_not_compiled_again(monkeypatch):
     ("network", "width", "storage"),
     [
         ("resnet8", 2, "int8"),
-        pytest.param("resnet8", 2, "int4", marks=pytest.mark.long),
-        pytest.param("vgg11", 1, "int8", marks=pytest.mark.long),
+        ("resnet8", 2, "int4"),
+        ("vgg11", 1, "int8"),
     ],
 )
+@pytest.mark.long
 def test_micro_batches_cost_a_pass_forward_and_codes_nothing(network, width, storage):
     """As counted for a device with loops: a CPU's algorithms with fewer products do not show."""
     config = cifar100()

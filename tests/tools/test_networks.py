@@ -4,7 +4,10 @@ from mimicnorm_jax.tools.networks import TITLES, measure, table_line
 from tests.conftest import ROOT
 
 
-@pytest.mark.parametrize("network", ["resnet18", "squeezenet", "shufflenetv2_x0_5"])
+@pytest.mark.parametrize(
+    "network",
+    ["resnet18", "squeezenet", pytest.param("shufflenetv2_x0_5", marks=pytest.mark.long)],
+)
 def test_the_table_of_the_page_is_what_the_tool_prints(network):
     page = (ROOT / "docs" / "networks.md").read_text()
     assert "| " + " | ".join(TITLES) + " |" in page

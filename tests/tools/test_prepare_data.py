@@ -73,7 +73,7 @@ class TestPrepared:
         ("config", "options"),
         [
             ("cifar100_vgg16", ["--config.network=vgg11", "--config.width=0.0625"]),
-            (
+            pytest.param(
                 "imagenet_resnet50",
                 [
                     "--config.network=resnet8",
@@ -82,6 +82,7 @@ class TestPrepared:
                     "--config.data.resize=72",
                     "--config.data.processes=1",
                 ],
+                marks=pytest.mark.long,
             ),
         ],
     )

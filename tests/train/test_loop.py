@@ -317,7 +317,7 @@ def test_an_evaluation_that_a_stop_interrupted_counts_once_it_is_made_up_for(
     assert evaluate_run(tiny_config(max_steps=6), tmp_path / "run").results["best"]["step"] == 4
 
 
-@pytest.mark.parametrize("place", ["cache", "file"])
+@pytest.mark.parametrize("place", ["cache", pytest.param("file", marks=pytest.mark.long)])
 def test_programs_are_compiled_once_for_all_runs(place, run_main, tmp_path):
     """By default under ~/.cache; a machine without a place for it compiles every time."""
     (tmp_path / "file").write_text("")

@@ -63,9 +63,11 @@ def relative_difference(a, b):
     ("method", "precision"),
     [
         ("mimicnorm", "float64"),
-        ("batchnorm", "float64"),
         *(pytest.param(method, "float32", marks=pytest.mark.long) for method in METHODS),
-        *(pytest.param(m, "float64", marks=pytest.mark.long) for m in ("nonorm", "fixup")),
+        *(
+            pytest.param(m, "float64", marks=pytest.mark.long)
+            for m in ("batchnorm", "nonorm", "fixup")
+        ),
     ],
 )
 def test_one_and_four_devices_agree(method, precision, tiny_config, request):
