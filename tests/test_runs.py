@@ -243,6 +243,7 @@ def test_worker_processes_need_a_main_guard_and_say_so(guard, works, tmp_path):
     if works:
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "run" / "summary.json").exists()
+        assert "leaked" not in done.stderr
     else:
         last = done.stderr.splitlines()[-1]
         assert f"config.data.processes = 1: worker processes run {script} again" in last

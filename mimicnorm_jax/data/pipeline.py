@@ -186,7 +186,10 @@ class Pipeline:
             iterable = iterable.mp_prefetch(processes, worker_init_fn=_leave_signals_alone)
         iterator = iter(iterable)
         try:
-            yield from iterator
+            # Copies: a batch in the memory that it came in would hold that memory, of which Python
+            # complains when the program ends, for as long as a CPU computes with it.
+            for batch in iterator:
+                yield {name: np.array(values, subok=False) for name, values in batch.items()}
         finally:
             if hasattr(iterator, "close"):  # older versions of Grain leave it to the collector
                 iterator.close()

@@ -15,12 +15,16 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mimicnorm_jax.convert.layers import Shift
 from mimicnorm_jax.convert.memory import peak_bytes
+from mimicnorm_jax.convert.substitute import substitute
 from mimicnorm_jax.tools.memory.targets import mesh_of
 from tests.convert.training import AUXILIARY, NETWORKS, converted, create
 
 BATCH = 256
-VARIANTS = "batchnorm", "converted", "not lean"  # the last one with nnx.relu and nnx.max_pool
+# "not lean" with nnx.relu and nnx.max_pool; "biases" is the network with a bias in the place
+# of each BatchNorm: what activations and products keep anyway
+VARIANTS = "batchnorm", "converted", "not lean", "biases"
 
 
 def peak_mib(model, mesh):
@@ -56,23 +60,32 @@ def peak_mib(model, mesh):
     return peak_bytes(compiled, "tpu") / 2**20
 
 
+def variant_of(name, variant):
+    model = create(name, 3, 0)
+    if variant == "batchnorm":
+        return model
+    if variant == "biases":
+        norms = [m for _, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)]
+        biases = {id(m): Shift(jnp.zeros(m.mean[...].shape), axis=m.axis) for m in norms}
+        substitute(model, biases)
+        return model
+    shape = jax.ShapeDtypeStruct((BATCH, 32, 32, 3), jnp.float32)
+    return converted(model, shape, variance="formula", lean=variant == "converted")[0]
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--networks", nargs="*", default=NETWORKS)
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS[:3])
     parser.add_argument("--out", type=pathlib.Path, required=True, help="a JSON file")
     args = parser.parse_args()
     mesh = mesh_of("tpu:v5e:2x2", 1)
     rows = json.loads(args.out.read_text()) if args.out.exists() else {}
-    shape = jax.ShapeDtypeStruct((BATCH, 32, 32, 3), jnp.float32)
     for name in args.networks:
         row = rows.setdefault(name, {})
-        for variant in VARIANTS:
+        for variant in args.variants:
             if variant not in row:
-                model = create(name, 3, 0)
-                if variant != "batchnorm":
-                    lean = variant == "converted"
-                    model, _ = converted(model, shape, variance="formula", lean=lean)
-                row[variant] = round(peak_mib(model, mesh), 1)
+                row[variant] = round(peak_mib(variant_of(name, variant), mesh), 1)
                 args.out.write_text(json.dumps(rows, indent=1))
         row["ratio"] = round(row["converted"] / row["batchnorm"], 3)
         args.out.write_text(json.dumps(rows, indent=1))

@@ -157,6 +157,13 @@ class TestRandomCropsByStep:
         assert got == expected
         assert len(set(expected)) == 9
 
+    @pytest.mark.parametrize("workers", WORKERS[1:], ids=["threads", "processes"])
+    def test_batches_are_in_memory_of_their_own(self, source, workers):
+        """Not in what processes share: that would be held until the program ends."""
+        for batch in self.pipeline(Photos(source), workers=workers).batches(0, 2):
+            assert {type(values) for values in batch.values()} == {np.ndarray}
+            assert all(values.flags.owndata for values in batch.values())
+
     def test_an_example_is_cropped_otherwise_in_every_epoch(self, source):
         pipeline = self.pipeline(Photos(source))
         epochs = [{}, {}]
