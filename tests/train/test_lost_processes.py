@@ -74,7 +74,7 @@ def test_a_hang_of_a_single_process_prints_all_stacks_and_ends(tmp_path, tiny):
                 Image.fromarray(pixels).save(folder / f"{index}.png")
     extra = (
         *("--config.data.name=folder", f"--config.data.dir={tmp_path / 'images'}"),
-        *("--config.data.processes=1", "--config.data.cache_gib=0", "--config.hang_minutes=0.25"),
+        *("--config.data.processes=1", "--config.data.cache_gib=0", "--config.hang_minutes=0.5"),
         *("--config.batch_size=16", LONG),
     )
     with Run(tmp_path / "out", *tiny, *extra) as run:
@@ -84,12 +84,12 @@ def test_a_hang_of_a_single_process_prints_all_stacks_and_ends(tmp_path, tiny):
         for worker in workers:
             os.kill(worker, signal.SIGSTOP)
         try:
-            assert run.wait(90) == [1]
+            assert run.wait(120) == [1]
         finally:
             for worker in workers:
                 os.kill(worker, signal.SIGKILL)
         errors = run.errors()
-    assert "no step for 0.25 minutes (config.hang_minutes)" in errors
+    assert "no step for 0.5 minutes (config.hang_minutes)" in errors
     assert "most recent call first" in errors and "loop.py" in errors
 
 
