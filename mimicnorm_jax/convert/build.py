@@ -49,6 +49,8 @@ def build(model: nnx.Module, plan: Plan, *, axis_name: str | None) -> Built:
     replacements: dict[int, nnx.Module] = {}
     evaluates = all(norm.module.use_running_average for norm in plan.norms)  # type: ignore
     for norm in plan.norms:
+        if norm.reason:
+            continue
         old = modules[norm.path]
         replacements[id(old)] = nnx.Sequential(passed_on) if norm.absorbed else _shift(old)
     layers: dict[Path, Any] = {}

@@ -140,6 +140,38 @@ class Flow:
             return True
         return len(node.active_inputs) == 1 and self.is_curved(node.active_inputs[0])
 
+    def from_input(self, value: Value) -> bool:
+        """Whether a value is an input of the network: cast, moved, scaled or shifted at most."""
+        while (node := value.node) is not None:
+            moved = node.name in SHAPES or (node.name in ELEMENTWISE and is_affine(node))
+            if node.call is not None or not moved or len(node.active_inputs) != 1:
+                return False
+            value = node.active_inputs[0]
+        return value.active
+
+    def written_out(self, value: Value) -> bool:
+        """Whether a value is made by a convolution or a product that is no layer of Flax."""
+        while (node := value.node) is not None and node.call is None:
+            if node.name in PRODUCTS:
+                return self.is_linear(node)
+            kept = node.name in SHAPES or (node.name in ELEMENTWISE and is_affine(node))
+            if not kept or len(node.active_inputs) != 1:
+                return False
+            value = node.active_inputs[0]
+        return False
+
+    def is_recurrent(self, nodes: list[Node]) -> bool:
+        """Whether a layer is called on what an earlier call of it made."""
+        later, waiting, seen = set(nodes[1:]), list(nodes[0].outputs), set(nodes[:1])
+        while waiting:
+            for node in waiting.pop().consumers:
+                if node in later:
+                    return True
+                if node not in seen:
+                    seen.add(node)
+                    waiting.extend(node.outputs)
+        return False
+
     def _is_used_once(self, value: Value) -> bool:
         return len(value.consumers) == 1 and value not in self._outputs
 

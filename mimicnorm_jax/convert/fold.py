@@ -58,7 +58,7 @@ def fold(model: nnx.Module | linen.Module | LinenNetwork, *args: Any, **kwargs: 
     Args:
       model: a trained network: converted, of ``create_model``, or with ``nnx.BatchNorm``. It is
         left as it was. Of ``flax.linen``, a network or what it was converted to: then ``args``
-        begin with its variables, and the plain network is called as ``plain(images)``.
+        begin with its variables, and the plain network, an ``nnx.Module``, is called with the rest.
       *args, **kwargs: what it is called with; shapes (``jax.ShapeDtypeStruct``) are enough. From
         them it is read which layer feeds which BatchNorm. A converted network needs none.
 
@@ -68,6 +68,10 @@ def fold(model: nnx.Module | linen.Module | LinenNetwork, *args: Any, **kwargs: 
     Raises:
       UserError: the network cannot be called with ``args``.
     """
+    given: Any = model
+    if not isinstance(given, nnx.Module | linen.Module | LinenNetwork):
+        kind = type(given).__name__
+        raise UserError(f"fold takes a network, got {kind}; convert returns a network and a report")
     if isinstance(model, linen.Module | LinenNetwork):
         if not args or not isinstance(args[0], Mapping):
             raise UserError("of flax.linen variables come first: fold(model, variables, images)")

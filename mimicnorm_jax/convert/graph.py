@@ -51,6 +51,7 @@ class Call(NamedTuple):
       kernel_shape: of its kernel as it is seen in the call, without axes of a stack.
       ndim: axes of its input, likewise.
       told_mode: whether the call says ``use_running_average``.
+      masked: whether the call leaves some values out of its statistics.
     """
 
     path: Path
@@ -58,6 +59,7 @@ class Call(NamedTuple):
     kernel_shape: tuple[int, ...] = ()
     ndim: int = 0
     told_mode: bool = False
+    masked: bool = False
 
 
 @dataclasses.dataclass(eq=False)

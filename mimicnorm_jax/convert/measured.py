@@ -100,8 +100,17 @@ class Meter:
         self._run = jax.jit(run, compiler_options=options)
 
     def _split(self, divided: frozenset[Path]) -> tuple[Any, Any]:
+        with jax.debug_nans(False):  # what is not measured yet is none
+            return self._prepared(divided)
+
+    def _prepared(self, divided: frozenset[Path]) -> tuple[Any, Any]:
         copy = nnx.clone(self._network)
         copy.eval()
+        for _, module in nnx.iter_modules(copy):
+            if isinstance(
+                module, nnx.BatchNorm
+            ):  # one that stays: what follows is trained behind it
+                module.use_running_average, module.axis_name = False, None
         modules: dict[Path, Any] = dict(nnx.iter_modules(copy))
         for name, (_, stack) in self._layers.items():
             measured = modules[self._where[name]]
@@ -124,7 +133,8 @@ class Meter:
             broadcasts its statistics.
         """
         try:
-            return jax.device_get(self._run(self._split(divided)[1], self._arrays))
+            with jax.debug_nans(False):
+                return jax.device_get(self._run(self._split(divided)[1], self._arrays))
         except Exception as error:  # whatever a network of somebody else raises
             why = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(

@@ -38,6 +38,9 @@ def training_memory(
     """
     network = nnx.clone(model)
     network.train()
+    for _, module in nnx.iter_modules(network):
+        if hasattr(module, "axis_name"):  # nothing is mapped here
+            module.axis_name = None
     split: Any = nnx.split(network, nnx.Param, ...)
     graphdef, params, rest = split
 

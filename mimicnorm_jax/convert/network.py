@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple, get_args
@@ -21,11 +22,16 @@ from mimicnorm_jax.convert.memory import training_memory
 from mimicnorm_jax.convert.plan import CenterRule, Layer, Plan, To, make_plan, name
 from mimicnorm_jax.convert.report import LayerReport, Memory, Report, farthest_from_one
 from mimicnorm_jax.convert.support import kind_of
-from mimicnorm_jax.convert.trace import Arguments, trace
+from mimicnorm_jax.convert.trace import Arguments, Traced, trace
 from mimicnorm_jax.errors import UserError, unknown
 from mimicnorm_jax.layers.activation import stable_variance_of
 
 Variance = Literal["measured", "formula"]
+
+
+_UNUSUAL = (
+    20.0  # of the root mean square of images: pixels from 0 to 255 are above, normalized ones not
+)
 
 
 class Conversion(NamedTuple):
@@ -84,8 +90,7 @@ def convert(
         network's BatchNorms.
       lean: let the network compute ``nnx.relu`` and ``nnx.max_pool`` by those of this package where
         that saves memory in training. Outputs and gradients stay the same; a call that is not
-        compiled (``nnx.jit``) traces the network each time, and there is no forward-mode
-        derivative.
+        compiled (``nnx.jit``) traces the network each time.
       memory: compile a training step of both networks for this machine and these arguments, and
         report the memory that it needs.
       **kwargs: what else the network is called with.
@@ -93,7 +98,8 @@ def convert(
     Returns:
       The converted network, in the mode (training or evaluation) of the given one, and the report.
       Kernels are those of ``model``, centred and rescaled; biases that a BatchNorm subtracted, and
-      what it had learned, are gone (with a warning, where it had).
+      what it had learned, are gone (with a warning, where it had). It has no forward-mode
+      derivative.
 
     Raises:
       UserError: a network without BatchNorm, one with several outputs of which none is chosen,
@@ -127,9 +133,12 @@ def _convert(
     to: To,
     axis_name: str | None,
 ) -> Conversion:
+    if logits is None and to in ("weightmean", "nonorm"):
+        logits = _all_outputs
     traced = trace(model, given, logits)
     plan = make_plan(traced, to=to, center=center)
     _warn_of_what_was_learned(plan)
+    _warn_of_single_outputs(plan, traced)
     axes = {getattr(norm.module, "axis_name", None) for norm in plan.norms}
     if axis_name is None and len(axes) == 1:
         (axis_name,) = axes
@@ -145,6 +154,11 @@ def _convert(
     return Conversion(built.network, _report(plan, built, to, before, after))
 
 
+def _all_outputs(outputs: Any) -> Any:
+    """None of which gets a last BN."""
+    return outputs
+
+
 def _measure(
     built: Built, plan: Plan, given: Arguments, *, divide: bool
 ) -> tuple[dict[Path, Measurement], dict[Path, Measurement]]:
@@ -157,6 +171,7 @@ def _measure(
     meter = Meter(built.network, layers, given)
     if not divide:
         return {}, meter.measure()
+    _check_arguments(given, plan)
     measurable = frozenset(layers) - {layer.path for layer in plan.layers if layer.gate}
     before = meter.measure(divided=measurable)
     lost = _divide(built, plan, before)
@@ -167,14 +182,40 @@ def _measure(
 
 
 def _warn_of_what_was_learned(plan: Plan) -> None:
-    learned = [name(norm.path) for norm in plan.norms if _has_learned(norm.module)]
+    gone = [norm for norm in plan.norms if not norm.reason]
+    learned = [name(norm.path) for norm in gone if _has_learned(norm.module)]
     if learned:
         warnings.warn(
-            f"{len(learned)} BatchNorms have a scale other than 1 or a shift other than 0, which "
-            f"are dropped, as are their statistics: {', '.join(learned[:3])}"
-            + (" …" if len(learned) > 3 else ""),
+            f"{len(learned)} BatchNorms have a scale other than 1 or a shift other than 0, learned "
+            f"or from an initializer, which are dropped with their statistics: "
+            f"{', '.join(learned[:3])}" + (" …" if len(learned) > 3 else ""),
             stacklevel=4,
         )
+
+
+def _warn_of_single_outputs(plan: Plan, traced: Traced) -> None:
+    single = any(logits.shape[-1] == 1 for logits in traced.logits)
+    if single and any(layer.last_bn for layer in plan.layers):
+        warnings.warn(
+            "the last BN gives a single output the mean 0 and the variance 1 in each batch: for "
+            "regression, or one logit for two classes, use to='weightmean'",
+            stacklevel=4,
+        )
+
+
+def _check_arguments(given: Arguments, plan: Plan) -> None:
+    """Whether they are what kernels can be measured on."""
+    for array in given.arrays:
+        if not (jnp.issubdtype(array.dtype, jnp.floating) or array.dtype == jnp.uint8):
+            continue
+        size = float(np.sqrt(np.mean(np.square(np.asarray(array, np.float64)))))
+        if not math.isfinite(size):
+            raise UserError("the arguments hold numbers that are not finite")
+        if size > _UNUSUAL and array.ndim > 2:
+            plan.notes.append(
+                f"the arguments have a root mean square of {size:.3g}, and kernels are measured on "
+                "them: give images as they are normalized in training"
+            )
 
 
 def _has_learned(norm: Any) -> bool:
@@ -261,7 +302,8 @@ def _report(
         ]
         rows.append((max(inner, default=order), LayerReport(name(path), became, scale=scale)))
     for norm in plan.norms:
-        became = "removed" if norm.absorbed else "a shift: no layer feeds it alone"
+        became = "removed" if norm.absorbed else f"a shift: {norm.shifts}"
+        became = f"stays: {norm.reason}" if norm.reason else became
         rows.append((norm.nodes[0].order, LayerReport(name(norm.path), became)))
     rows.sort(key=lambda row: row[0])
     return Report(to, tuple(row for _, row in rows), tuple(plan.notes))

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Literal, get_args
 
+import jax
 from flax import nnx
 
 from mimicnorm_jax.convert.flow import Flow
@@ -75,12 +76,16 @@ class Norm:
       module: the BatchNorm.
       nodes: its calls.
       absorbed: whether it goes altogether: each call is fed by one layer alone.
+      reason: why it stays; None where it does not.
+      shifts: why it becomes a shift, where it does not go altogether.
     """
 
     path: Path
     module: nnx.Module
     nodes: list[Node]
     absorbed: bool = False
+    reason: str | None = None
+    shifts: str = "no layer feeds it alone"
 
 
 @dataclasses.dataclass
@@ -172,22 +177,58 @@ class _Planner:
         for layer in plan.layers:
             self._check_roles(layer)
         for norm in plan.norms:
-            feeding = [self._layer_before(norm, node) for node in norm.nodes]
-            taken = [layer for layer in feeding if layer is not None and not layer.reason]
-            norm.absorbed = len(taken) == len(feeding)
-            for layer in taken if norm.absorbed else ():
-                layer.needs_bias = layer.last_bn is None
+            self._decide(norm, plan)
         if to in ("mimicnorm", "weightmean"):
             for layer in plan.layers:
                 layer.centered = self._is_centered(layer, center)
         self._name_unreached(plan)
-        told = [n for norm in plan.norms for n in norm.nodes if n.call and n.call.told_mode]
-        if told and any(layer.last_bn for layer in plan.layers):
+        self._say_what_is_lost(plan)
+        return plan
+
+    def _decide(self, norm: Norm, plan: Plan) -> None:
+        """What becomes of a norm."""
+        if all(self.flow.from_input(node.inputs[0]) for node in norm.nodes):
+            norm.reason = "it normalizes the network's input"
+            return
+        feeding = [self._layer_before(norm, node) for node in norm.nodes]
+        taken = [layer for layer in feeding if layer is not None and not layer.reason]
+        norm.absorbed = len(taken) == len(feeding)
+        for layer in taken if norm.absorbed else ():
+            layer.needs_bias = layer.last_bn is None
+        if any(self.flow.written_out(node.inputs[0]) for node in norm.nodes):
+            norm.shifts = "what feeds it is no layer of Flax, and stays as it is"
+            plan.notes.append(
+                f"{name(norm.path)}: a convolution or product that is no layer of Flax feeds it, "
+                "and is neither centred nor rescaled: make it an nnx.Conv or nnx.Linear"
+            )
+        elif not norm.absorbed and len(feeding) == sum(layer is not None for layer in feeding):
+            norm.shifts = "the layer before it stays as it was"
+
+    def _say_what_is_lost(self, plan: Plan) -> None:
+        calls = [node.call for norm in plan.norms for node in norm.nodes if node.call]
+        has_last_bn = any(layer.last_bn for layer in plan.layers)
+        if has_last_bn and any(call.told_mode for call in calls):
             plan.notes.append(
                 "the network says use_running_average at the call of its BatchNorms; the last BN "
                 "goes by model.train() and model.eval()"
             )
-        return plan
+        if any(call.masked for call in calls):
+            plan.notes.append(
+                "the network gives its BatchNorms a mask; no other layer heeds it, nor does the "
+                "last BN: what is padded counts"
+            )
+        for layer in plan.layers:
+            if layer.centered and self._sees_input_only(layer):
+                plan.notes.append(
+                    f"{name(layer.path)}: it is centred, and so blind to a number that is added to "
+                    "all of its input, such as brightness; center='fan_in' or a function leaves it"
+                )
+
+    def _sees_input_only(self, layer: Layer) -> bool:
+        """Whether a layer takes the network's input, with nothing that it could be told by."""
+        sides = getattr(layer.module, "padding", "VALID")
+        unpadded = sides == "VALID" or not any(jax.tree.leaves(sides))
+        return unpadded and all(self.flow.from_input(node.inputs[0]) for node in layer.nodes)
 
     def _layer_before(self, norm: Norm, node: Node) -> Layer | None:
         """The layer that feeds a norm of its last axis, and nothing else."""
@@ -199,13 +240,18 @@ class _Planner:
 
     def _find_classifiers(self) -> None:
         for logits in self.traced.logits:
+            if len(logits.shape) < 2:
+                raise UserError(
+                    f"logits have shape (B, ..., C), the network returns {logits.shape}; "
+                    "to='weightmean' takes any"
+                )
             end = self.flow.linear_end(logits)
             layer = None if end is None else self._layer_of(end.layer)
             if end is None or layer is None or layer.reason:
                 why = "" if layer is None else f" ({name(layer.path)}: {layer.reason})"
                 raise UserError(
                     "no layer was found of which the logits are a linear function"
-                    f"{why}; to='weightmean' needs none"
+                    f"{why}: return what a softmax or sigmoid is given; to='weightmean' needs none"
                 )
             layer.last_bn = "mean" if end.averaged else "each"
 
@@ -262,21 +308,37 @@ class _Planner:
 
     def _check_roles(self, layer: Layer) -> None:
         """A layer that is called from several places keeps what it has, if these differ."""
-        if layer.reason or len({node.call.number for node in layer.nodes}) == 1:  # type: ignore
-            members = _members(layer)
-            if layer.scales and len(set(layer.scales)) > 1 and members != len(layer.scales):
-                layer.reason = "one kernel is used in several residual blocks"
-            elif layer.scales and members != len(layer.scales):
-                layer.scales = layer.scales[:1]
-        elif layer.scales and len(set(layer.scales)) > 1:
-            layer.reason = "one kernel is used in several residual blocks"
-        elif len({self.flow.before_norm(node.outputs[0]) for node in layer.nodes}) > 1:
-            layer.reason = "it is called several times, and a norm follows some of the calls only"
-        elif layer.last_bn is not None:
-            layer.reason = "it makes the logits, and is called several times"
-            layer.last_bn = None
+        if layer.reason is None and (conflict := self._conflict(layer)):
+            layer.reason, layer.last_bn = conflict, None
         if layer.reason:
             layer.scales = None
+        elif layer.scales and len(layer.scales) != _members(layer):
+            layer.scales = layer.scales[:1]
+
+    def _conflict(self, layer: Layer) -> str | None:
+        """What of a layer's calls does not go together."""
+        members = _members(layer)
+        several = len({node.call.number for node in layer.nodes}) > 1  # type: ignore[union-attr]
+        scales = layer.scales or []
+        if len(set(scales)) > 1 and (several or len(scales) != members):
+            return "one kernel is used in several residual blocks"
+        if members == 1 and self._is_recurrent(layer):
+            return "it is called on what it made before, as in a recurrent network"
+        if several and len({self.flow.before_norm(node.outputs[0]) for node in layer.nodes}) > 1:
+            return "it is called several times, and a norm follows some of the calls only"
+        if several and layer.last_bn is not None:
+            return "it makes the logits, and is called several times"
+        return None
+
+    def _is_recurrent(self, layer: Layer) -> bool:
+        """Whether a layer feeds itself with no norm of its own in between."""
+        if len(layer.nodes) == 1 or not self.flow.is_recurrent(layer.nodes):
+            return False
+        return not any(
+            self._layer_before(norm, node) is layer
+            for norm in self.norms.values()
+            for node in norm.nodes
+        )
 
     def _is_centered(self, layer: Layer, center: CenterRule) -> bool:
         if layer.reason or layer.fan_in < 2:

@@ -60,6 +60,7 @@ def _watched_layer(kind: Any) -> type[nnx.Module]:
             kernel_shape=() if kernel is None else tuple(kernel.shape),
             ndim=jax.numpy.ndim(x),
             told_mode=any(flag is not None for flag in (*args, kwargs.get(_MODE))),
+            masked=kwargs.get("mask") is not None,
         )
         y = kind.__call__(self, _marked(x, "begin", place), *args, **kwargs)
         return _marked(y, "end", place)
@@ -156,8 +157,8 @@ def trace(model: nnx.Module, given: Arguments, logits: Callable[[Any], Any] | No
       logits: chooses the logits among the outputs; None where there is one output.
 
     Raises:
-      UserError: the network raises an error; the outputs are several, and none is chosen; or what
-        is chosen is no array ``(B, ..., C)``.
+      UserError: the network raises an error; the outputs are several, and none is chosen; or
+        ``logits`` does not fit them.
     """
     watched = nnx.clone(model)
     watched.eval()
@@ -166,7 +167,11 @@ def trace(model: nnx.Module, given: Arguments, logits: Callable[[Any], Any] | No
     constants, structure = jax.tree.flatten(states)
     num_learned = len(jax.tree.leaves(states[0]))
     if not given.arrays:
-        raise UserError("the network's arguments are needed: convert(model, images)")
+        raise UserError(
+            "the network's arguments are needed, arrays or shapes: convert(model, images), or "
+            "convert(model, jax.ShapeDtypeStruct((32, 224, 224, 3), jnp.float32), "
+            "variance='formula')"
+        )
 
     def run(constants: Sequence[Any], arrays: Sequence[Any]) -> Any:
         network = nnx.merge(graphdef, *jax.tree.unflatten(structure, constants))
@@ -187,15 +192,21 @@ def trace(model: nnx.Module, given: Arguments, logits: Callable[[Any], Any] | No
 
 def chosen_logits(outputs: Any, logits: Callable[[Any], Any] | None) -> list[jax.Array]:
     """The logits among a network's outputs; see ``trace``."""
-    chosen = jax.tree.leaves(outputs if logits is None else logits(outputs))
-    if logits is None and len(chosen) != 1:
-        raise UserError(
-            f"the network returns {len(chosen)} arrays: say which are logits, "
-            "such as logits=lambda outputs: outputs[0]"
-        )
-    for array in chosen:
-        if getattr(array, "ndim", 0) < 2:
+    example = "such as logits=lambda outputs: outputs[0]"
+    if logits is None:
+        chosen = jax.tree.leaves(outputs)
+        if len(chosen) != 1:
             raise UserError(
-                f"logits have shape (B, ..., C), the network returns {jax.numpy.shape(array)}"
+                f"the network returns {len(chosen)} arrays: say which are logits, {example}"
             )
-    return chosen
+        return chosen
+    if not callable(logits):
+        raise UserError(f"logits is a function of the network's outputs, {example}: got {logits!r}")
+    try:
+        return jax.tree.leaves(logits(outputs))
+    except Exception as error:  # whatever a function of somebody else raises
+        shapes = jax.tree.map(jax.numpy.shape, outputs)
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"logits does not fit what the network returns, of shapes {shapes}: {why}"
+        ) from error

@@ -377,7 +377,7 @@ def test_the_order_of_a_dictionary_is_kept():
         (net(plain), (), {"center": "all"}, "unknown center 'all'; allowed: fan_in, not_depthwise"),
         (net(plain), (), {"variance": "he"}, "unknown variance 'he'; allowed: measured, formula"),
         (net(plain), (), {"variance": "measured"}, "needs arrays; variance='formula' takes shapes"),
-        (net(plain), ("x",), {}, r"arguments are needed: convert\(model, images\)"),
+        (net(plain), ("x",), {}, r"arguments are needed, arrays or shapes: "),
         (net(lambda m, x: m.head(m.stem(x).mean((1, 2)))), (), {}, "calls no BatchNorm"),
         (net(plain), (SHAPE, 1), {}, "cannot be called with these arguments: TypeError: "),
         (net(lambda m, x: nnx.softmax(plain(m, x))), (), {}, "the logits are a linear function"),
