@@ -3,7 +3,7 @@
 from mimicnorm_jax.convert.fold import Folded, fold
 from mimicnorm_jax.convert.linen_network import LinenNetwork
 from mimicnorm_jax.convert.network import Conversion, convert
-from mimicnorm_jax.convert.plan import Layer
+from mimicnorm_jax.convert.plan import Layer, Norm
 from mimicnorm_jax.convert.report import LayerReport, Report
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Layer",
     "LayerReport",
     "LinenNetwork",
+    "Norm",
     "Report",
     "convert",
     "fold",

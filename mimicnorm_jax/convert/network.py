@@ -19,7 +19,7 @@ from mimicnorm_jax.convert.linen import linen_module
 from mimicnorm_jax.convert.linen_network import LinenNetwork
 from mimicnorm_jax.convert.measured import Measurement, Meter
 from mimicnorm_jax.convert.memory import training_memory
-from mimicnorm_jax.convert.plan import CenterRule, Layer, Plan, To, make_plan, name
+from mimicnorm_jax.convert.plan import CenterRule, KeepRule, Layer, Plan, To, make_plan, name
 from mimicnorm_jax.convert.report import LayerReport, Memory, Report, farthest_from_one
 from mimicnorm_jax.convert.support import kind_of
 from mimicnorm_jax.convert.trace import Arguments, Traced, trace
@@ -52,6 +52,7 @@ def convert(
     *args: Any,
     logits: Callable[[Any], Any] | None = None,
     center: CenterRule = "not_depthwise",
+    keep: KeepRule = "input",
     variance: Variance = "measured",
     to: To = "mimicnorm",
     axis_name: str | None = None,
@@ -80,6 +81,10 @@ def convert(
       center: which of the layers that a BatchNorm follows are centred: ``"not_depthwise"`` all but
         the depthwise ones; ``"fan_in"`` those with a fan-in above 50; or a function that is
         given each layer (``mimicnorm_jax.convert.Layer``), also those without a BatchNorm.
+      keep: which BatchNorms stay: ``"input"`` those that normalize the network's own input;
+        ``"depthwise"`` those behind depthwise layers too, without which MobileNets lose accuracy
+        at high rates; or a function that is given each (``mimicnorm_jax.convert.Norm``) and
+        chooses from the others.
       variance: of the initial weights. ``"measured"``: each kernel, in the order of the data, is
         divided by the root of the second moment of what it puts out on ``args`` (Mishkin and Matas
         2016, "All you need is a good init"). ``"formula"``: what theory gives for the activation
@@ -113,7 +118,7 @@ def convert(
             f"convert takes an nnx.Module or a linen.Module, got {type(model).__name__}"
         )
     original: Any = linen_module(model, given) if isinstance(model, linen.Module) else model
-    network, report = _convert(original, given, logits, center, variance, to, axis_name)
+    network, report = _convert(original, given, logits, center, keep, variance, to, axis_name)
     if lean:
         make_lean(network)
     if memory:
@@ -129,6 +134,7 @@ def _convert(
     given: Arguments,
     logits: Callable[[Any], Any] | None,
     center: CenterRule,
+    keep: KeepRule,
     variance: Variance,
     to: To,
     axis_name: str | None,
@@ -136,7 +142,7 @@ def _convert(
     if logits is None and to in ("weightmean", "nonorm"):
         logits = _all_outputs
     traced = trace(model, given, logits)
-    plan = make_plan(traced, to=to, center=center)
+    plan = make_plan(traced, to=to, center=center, keep=keep)
     _warn_of_what_was_learned(plan)
     _warn_of_single_outputs(plan, traced)
     axes = {getattr(norm.module, "axis_name", None) for norm in plan.norms}

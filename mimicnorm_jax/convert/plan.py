@@ -64,6 +64,7 @@ class Layer:
     last_bn: Literal["each", "mean"] | None = None
 
 
+Keep = Literal["input", "depthwise"]
 CenterRule = Center | Callable[[Layer], bool]
 
 
@@ -75,6 +76,7 @@ class Norm:
       path: where it is in the network.
       module: the BatchNorm.
       nodes: its calls.
+      layers: those that feed it alone, one a call where there is one.
       absorbed: whether it goes altogether: each call is fed by one layer alone.
       reason: why it stays; None where it does not.
       shifts: why it becomes a shift, where it does not go altogether.
@@ -83,9 +85,13 @@ class Norm:
     path: Path
     module: nnx.Module
     nodes: list[Node]
+    layers: list[Layer] = dataclasses.field(default_factory=list)
     absorbed: bool = False
     reason: str | None = None
     shifts: str = "no layer feeds it alone"
+
+
+KeepRule = Keep | Callable[[Norm], bool]
 
 
 @dataclasses.dataclass
@@ -111,22 +117,26 @@ def name(path: Path) -> str:
     return "/".join(map(str, path)) or "the network itself"
 
 
-def make_plan(traced: Traced, *, to: To, center: CenterRule) -> Plan:
+def make_plan(traced: Traced, *, to: To, center: CenterRule, keep: KeepRule = "input") -> Plan:
     """Applies the rules.
 
     Args:
       traced: the network.
       to: the method; see ``convert``.
       center: which layers that a norm follows are centred; see ``convert``.
+      keep: which norms stay; see ``convert``.
 
     Raises:
-      UserError: an unknown ``to`` or ``center``, no BatchNorm, or no layer that makes the logits.
+      UserError: an unknown ``to``, ``center`` or ``keep``, no BatchNorm, or no layer that makes the
+        logits.
     """
     if to not in get_args(To):
         raise unknown("to", to, get_args(To))
     if not callable(center) and center not in get_args(Center):
         raise unknown("center", center, get_args(Center))
-    return _Planner(traced).plan(to, center)
+    if not callable(keep) and keep not in get_args(Keep):
+        raise unknown("keep", keep, get_args(Keep))
+    return _Planner(traced).plan(to, center, keep)
 
 
 class _Planner:
@@ -158,7 +168,7 @@ class _Planner:
             reason=unsupported(module, nodes[0].call.ndim),
         )
 
-    def plan(self, to: To, center: CenterRule) -> Plan:
+    def plan(self, to: To, center: CenterRule, keep: KeepRule) -> Plan:
         for path, module in self.traced.modules.items():
             if isinstance(module, LastBN):
                 raise UserError(f"the network has a last BN already: {name(path)}")
@@ -177,7 +187,7 @@ class _Planner:
         for layer in plan.layers:
             self._check_roles(layer)
         for norm in plan.norms:
-            self._decide(norm, plan)
+            self._decide(norm, plan, keep)
         if to in ("mimicnorm", "weightmean"):
             for layer in plan.layers:
                 layer.centered = self._is_centered(layer, center)
@@ -185,13 +195,19 @@ class _Planner:
         self._say_what_is_lost(plan)
         return plan
 
-    def _decide(self, norm: Norm, plan: Plan) -> None:
+    def _decide(self, norm: Norm, plan: Plan, keep: KeepRule) -> None:
         """What becomes of a norm."""
+        feeding = [self._layer_before(norm, node) for node in norm.nodes]
+        norm.layers = [layer for layer in feeding if layer is not None]
         if all(self.flow.from_input(node.inputs[0]) for node in norm.nodes):
             norm.reason = "it normalizes the network's input"
+        elif callable(keep) and keep(norm):
+            norm.reason = "keep says so"
+        elif keep == "depthwise" and any(layer.depthwise for layer in norm.layers):
+            norm.reason = "behind a depthwise layer"
+        if norm.reason:
             return
-        feeding = [self._layer_before(norm, node) for node in norm.nodes]
-        taken = [layer for layer in feeding if layer is not None and not layer.reason]
+        taken = [layer for layer in norm.layers if not layer.reason]
         norm.absorbed = len(taken) == len(feeding)
         for layer in taken if norm.absorbed else ():
             layer.needs_bias = layer.last_bn is None
@@ -201,7 +217,7 @@ class _Planner:
                 f"{name(norm.path)}: a convolution or product that is no layer of Flax feeds it, "
                 "and is neither centred nor rescaled: make it an nnx.Conv or nnx.Linear"
             )
-        elif not norm.absorbed and len(feeding) == sum(layer is not None for layer in feeding):
+        elif not norm.absorbed and len(feeding) == len(norm.layers):
             norm.shifts = "the layer before it stays as it was"
 
     def _say_what_is_lost(self, plan: Plan) -> None:

@@ -81,6 +81,26 @@ def test_a_norm_of_the_input_stays_in_linen():
     np.testing.assert_allclose(plain(raw, train=False), expected, rtol=1e-3, atol=1e-3)
 
 
+def depthwise(m, x):
+    x = nnx.relu(m.wide(m.deep(nnx.relu(m.norm(m.stem(x))))))
+    return m.head(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept"),
+    [("input", ()), ("depthwise", ("wide",)), (lambda norm: norm.path == ("norm",), ("norm",))],
+)
+def test_norms_that_are_to_stay_do(keep, kept):
+    model = net(depthwise, deep=conv(8, 8, feature_group_count=8), wide=norm(8))
+    network, report = convert(model, IMAGES, variance="measured", keep=keep)
+    for name in ("norm", "wide"):
+        assert isinstance(getattr(network, name), nnx.BatchNorm) == (name in kept)
+        assert became(report, name).became.startswith("stays: " if name in kept else "removed")
+    network.eval()
+    folded, _ = mimicnorm_jax.fold(network, IMAGES)
+    np.testing.assert_allclose(folded(IMAGES), network(IMAGES), atol=1e-4)
+
+
 def test_a_single_output_is_warned_of():
     model = net(plain, head=dense(8, 1))
     with pytest.warns(UserWarning, match="for regression, or one logit for two classes"):

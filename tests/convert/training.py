@@ -141,24 +141,25 @@ class Trainer:
 def table(cells):
     """Markdown: for each network the rate that was best with BatchNorm, and both means there."""
     lines = [
-        "| network | rate | BatchNorm | converted | difference |",
-        "| --- | --- | --- | --- | --- |",
+        "| network | epochs | rate | BatchNorm | converted | difference |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    for name in dict.fromkeys(cell["network"] for cell in cells):
-        runs = [cell for cell in cells if cell["network"] == name]
-        rates = {cell["rate"] for cell in runs if cell["variant"] == "converted"}
-        for rate in rates:
-            means = {
-                variant: [
-                    cell["accuracy"]
-                    for cell in runs
-                    if (cell["variant"], cell["rate"]) == (variant, rate)
-                ]
-                for variant in ("batchnorm", "converted")
-            }
-            if all(len(values) == len(SEEDS) for values in means.values()):
-                a, b = (float(np.mean(values)) for values in means.values())
-                lines.append(f"| `{name}` | {rate} | {a:.2f} | {b:.2f} | {b - a:+.2f} |")
+
+    def accuracies(**wanted):
+        return [c["accuracy"] for c in cells if all(c.get(k) == v for k, v in wanted.items())]
+
+    for name, epochs, rate, keep in dict.fromkeys(
+        (cell["network"], cell["epochs"], cell["rate"], cell.get("keep"))
+        for cell in cells
+        if cell["variant"] == "converted"
+    ):
+        run = {"network": name, "epochs": epochs, "rate": rate}
+        before = accuracies(**run, variant="batchnorm")
+        after = accuracies(**run, variant="converted", keep=keep)
+        if len(before) == len(after) == len(SEEDS):
+            a, b = float(np.mean(before)), float(np.mean(after))
+            said = f'`{name}`, `keep="{keep}"`' if keep else f"`{name}`"
+            lines.append(f"| {said} | {epochs} | {rate} | {a:.2f} | {b:.2f} | {b - a:+.2f} |")
     return "\n".join(lines)
 
 
