@@ -151,7 +151,7 @@ def computed_by(entries: Mapping[str, _Entry], *, uses_average: bool | None) -> 
         active.add(path)
         try:
             if entry.kind is linen.BatchNorm:
-                y = part(args[0] if args else kwargs["x"])
+                y = part(args[0] if args else kwargs["x"], mask=kwargs.get("mask"))
             elif not isinstance(module, _LINEAR):
                 y = part(proceed, *args, **kwargs)
             else:

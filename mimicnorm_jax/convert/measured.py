@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mimicnorm_jax.convert.graph import Path
-from mimicnorm_jax.convert.trace import Arguments
+from mimicnorm_jax.convert.trace import NORMS, Arguments, is_of
 from mimicnorm_jax.errors import UserError, first_line
 from mimicnorm_jax.parallel import quick_compilation
 
@@ -50,6 +50,19 @@ def _measuring(kind: Any) -> type[nnx.Module]:
         return (scale * (before * factor + bias)).astype(y.dtype)
 
     return type(kind.__name__, (kind,), {"__call__": call})
+
+
+class _Training(nnx.BatchNorm):
+    """A BatchNorm that trains, whatever its call says, or Linen."""
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        return super().__call__(x, use_running_average=False, mask=mask)
 
 
 class Measurement(NamedTuple):
@@ -107,10 +120,11 @@ class Meter:
         copy = nnx.clone(self._network)
         copy.eval()
         for _, module in nnx.iter_modules(copy):
-            if isinstance(
-                module, nnx.BatchNorm
-            ):  # one that stays: what follows is trained behind it
-                module.use_running_average, module.axis_name = False, None
+            norm: Any = module
+            if is_of(norm, NORMS):  # it stays: what follows is trained behind it
+                norm.use_running_average, norm.axis_name = False, None
+            if type(norm) is nnx.BatchNorm:
+                object.__setattr__(norm, "__class__", _Training)
         modules: dict[Path, Any] = dict(nnx.iter_modules(copy))
         for name, (_, stack) in self._layers.items():
             measured = modules[self._where[name]]

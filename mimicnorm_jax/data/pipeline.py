@@ -189,7 +189,7 @@ class Pipeline:
             # Copies: a batch in the memory that it came in would hold that memory, of which Python
             # complains when the program ends, for as long as a CPU computes with it.
             for batch in iterator:
-                yield {name: np.array(values, subok=False) for name, values in batch.items()}
+                yield {k: v if type(v) is np.ndarray else np.array(v) for k, v in batch.items()}
         finally:
             if hasattr(iterator, "close"):  # older versions of Grain leave it to the collector
                 iterator.close()

@@ -72,6 +72,7 @@ def test_a_norm_of_the_input_stays_in_linen():
     raw = 1e3 * IMAGES + 5e3
     network, report = mimicnorm_jax.convert(Network(), raw, train=False)
     assert became(report, "BatchNorm_0").became == "stays: it normalizes the network's input"
+    assert became(report, "Conv_0").variance == pytest.approx(1 / 27, rel=0.5)  # not 1e-6 / 27
     variables = network.init(jax.random.key(0), raw, train=False)
     _, updates = network.apply(variables, raw, train=True, mutable=["batch_stats"])
     mean = updates["batch_stats"]["BatchNorm_0"]["mean"]
