@@ -69,9 +69,13 @@ class Flow:
 
     Args:
       traced: the network.
+
+    Attributes:
+      kept: the norms that stay; what a layer makes ends there.
     """
 
     def __init__(self, traced: Traced):
+        self.kept: set[Path] = set()
         self._modules = traced.modules
         self._outputs = frozenset(traced.graph.outputs)
         self._calls: dict[Path, list[Node]] = {}
@@ -85,6 +89,10 @@ class Flow:
 
     def _is(self, node: Node, kinds: tuple[type[nnx.Module], ...]) -> bool:
         return node.call is not None and is_of(self._modules[node.call.path], kinds)
+
+    def is_kept(self, node: Node | None) -> bool:
+        """Whether a node is the call of a norm that stays."""
+        return node is not None and node.call is not None and node.call.path in self.kept
 
     def is_linear(self, node: Node) -> bool:
         """Whether a node is a convolution or dense layer, or one that is written out."""
@@ -212,7 +220,7 @@ class Flow:
                 return LinearEnd(node, averaged, factor)
             if same_channels and not _keeps_channels(node):
                 return None
-            if self._is(node, NORMS):
+            if self._is(node, NORMS) and not self.is_kept(node):
                 pass
             elif node.call is not None or len(node.active_inputs) != 1:
                 return None

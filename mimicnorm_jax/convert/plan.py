@@ -117,7 +117,7 @@ def name(path: Path) -> str:
     return "/".join(map(str, path)) or "the network itself"
 
 
-def make_plan(traced: Traced, *, to: To, center: CenterRule, keep: KeepRule = "input") -> Plan:
+def make_plan(traced: Traced, *, to: To, center: CenterRule, keep: KeepRule) -> Plan:
     """Applies the rules.
 
     Args:
@@ -180,6 +180,8 @@ class _Planner:
             layer.before_norm = any(map(self.flow.before_norm, results))
             layer.curved = all(self.flow.is_curved(node.inputs[0]) for node in layer.nodes)
             layer.gate = not layer.before_norm and all(map(self.flow.gates_only, results))
+        for norm in plan.norms:
+            self._keep(norm, keep)
         if to in ("mimicnorm", "lastbn"):
             self._find_classifiers()
         if to != "nonorm":
@@ -187,7 +189,7 @@ class _Planner:
         for layer in plan.layers:
             self._check_roles(layer)
         for norm in plan.norms:
-            self._decide(norm, plan, keep)
+            self._decide(norm, plan)
         if to in ("mimicnorm", "weightmean"):
             for layer in plan.layers:
                 layer.centered = self._is_centered(layer, center)
@@ -195,8 +197,8 @@ class _Planner:
         self._say_what_is_lost(plan)
         return plan
 
-    def _decide(self, norm: Norm, plan: Plan, keep: KeepRule) -> None:
-        """What becomes of a norm."""
+    def _keep(self, norm: Norm, keep: KeepRule) -> None:
+        """Whether a norm stays."""
         feeding = [self._layer_before(norm, node) for node in norm.nodes]
         norm.layers = [layer for layer in feeding if layer is not None]
         if all(self.flow.from_input(node.inputs[0]) for node in norm.nodes):
@@ -206,9 +208,14 @@ class _Planner:
         elif keep == "depthwise" and any(layer.depthwise for layer in norm.layers):
             norm.reason = "behind a depthwise layer"
         if norm.reason:
+            self.flow.kept.add(norm.path)
+
+    def _decide(self, norm: Norm, plan: Plan) -> None:
+        """What becomes of a norm that does not stay."""
+        if norm.reason:
             return
         taken = [layer for layer in norm.layers if not layer.reason]
-        norm.absorbed = len(taken) == len(feeding)
+        norm.absorbed = len(taken) == len(norm.nodes)
         for layer in taken if norm.absorbed else ():
             layer.needs_bias = layer.last_bn is None
         if any(self.flow.written_out(node.inputs[0]) for node in norm.nodes):
@@ -217,7 +224,7 @@ class _Planner:
                 f"{name(norm.path)}: a convolution or product that is no layer of Flax feeds it, "
                 "and is neither centred nor rescaled: make it an nnx.Conv or nnx.Linear"
             )
-        elif not norm.absorbed and len(feeding) == len(norm.layers):
+        elif not norm.absorbed and len(norm.nodes) == len(norm.layers):
             norm.shifts = "the layer before it stays as it was"
 
     def _say_what_is_lost(self, plan: Plan) -> None:
@@ -228,6 +235,9 @@ class _Planner:
                 "the network says use_running_average at the call of its BatchNorms; the last BN "
                 "goes by model.train() and model.eval()"
             )
+        kept = [name(norm.path) for norm in plan.norms if norm.reason]
+        if kept and not has_last_bn:
+            plan.notes.append(f"the examples of a batch stay coupled by what stays: {kept[0]}")
         if any(call.masked for call in calls):
             plan.notes.append(
                 "the network gives its BatchNorms a mask; no other layer heeds it, nor does the "
@@ -292,9 +302,12 @@ class _Planner:
     def _place_scalar(
         self, plan: Plan, scale: float, branch: Value, placed: dict[Path, dict[Node, float]]
     ) -> None:
+        if self.flow.is_kept(branch.node):  # it would take away again what a layer is scaled by
+            self._scale_module(plan, scale, branch.node.call.path, branch)  # type: ignore[union-attr]
+            return
         end = self.flow.linear_end(branch)
         if end is None and branch.modules:
-            self._scale_module(plan, scale, branch)
+            self._scale_module(plan, scale, branch.modules[0].path, branch)
             return
         gated = end is None and branch.node is not None and branch.node.name == "mul"
         if gated:
@@ -313,8 +326,7 @@ class _Planner:
                 f"{name(layer.path)}: its scalar also scales what its gate is computed from"
             )
 
-    def _scale_module(self, plan: Plan, scale: float, branch: Value) -> None:
-        path = branch.modules[0].path
+    def _scale_module(self, plan: Plan, scale: float, path: Path, branch: Value) -> None:
         if path not in plan.scaled:
             plan.notes.append(
                 f"{name(path)}: a scalar multiplies its output {branch.shape}, which the backward "

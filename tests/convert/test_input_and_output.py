@@ -9,6 +9,7 @@ from jax import lax
 
 import mimicnorm_jax
 from mimicnorm_jax import UserError
+from mimicnorm_jax.convert.layers import Scaled
 from tests.convert.test_convert import became, conv, convert, dense, net, norm, plain
 
 IMAGES = jax.random.normal(jax.random.key(0), (16, 8, 8, 3))
@@ -100,6 +101,26 @@ def test_norms_that_are_to_stay_do(keep, kept):
     network.eval()
     folded, _ = mimicnorm_jax.fold(network, IMAGES)
     np.testing.assert_allclose(folded(IMAGES), network(IMAGES), atol=1e-4)
+
+
+def test_the_scalar_of_a_branch_that_ends_in_a_norm_that_stays_is_behind_it():
+    """A norm would take away again what the layer before it is scaled by."""
+
+    def function(m, x):
+        x = nnx.relu(m.norm(m.stem(x)))
+        x = nnx.relu(x + m.ends(m.conv(x)))
+        return m.head(x.mean((1, 2)))
+
+    model = net(function, conv=conv(8, 8), ends=norm(8))
+    network, report = convert(model, IMAGES, keep=lambda norm: norm.path == ("ends",))
+    assert isinstance(network.ends, Scaled)
+    assert getattr(network.conv, "scale", None) is None
+    assert [layer.path for layer in report.layers if layer.scale is not None] == ["ends"]
+    network.eval()
+    folded, _ = mimicnorm_jax.fold(network, IMAGES)
+    np.testing.assert_allclose(folded(IMAGES), network(IMAGES), atol=1e-4)
+    _, report = convert(model, IMAGES, keep=lambda norm: True, to="weightmean")
+    assert noted(report, "the examples of a batch stay coupled by what stays: norm")
 
 
 def test_a_single_output_is_warned_of():
