@@ -4,11 +4,17 @@ Weight mean and one last BN replace every BatchNorm of a network (Fei et al. 202
 """
 
 from mimicnorm_jax.convert import Conversion, Folded, convert, fold
+from mimicnorm_jax.convert.derivatives import twice_differentiable
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers import (
     LastBN,
+    ScaledConv,
+    ScaledConvTranspose,
+    ScaledDense,
     WeightMeanConv,
+    WeightMeanConvTranspose,
     WeightMeanDense,
+    WeightMeanMask,
     center_kernel,
     last_bn_cross_entropy,
     last_bn_loss_floor,
@@ -16,6 +22,7 @@ from mimicnorm_jax.layers import (
     stable_variance,
     weight_mean_mask,
 )
+from mimicnorm_jax.masks import equinox_mask, haiku_mask, linen_mask
 from mimicnorm_jax.methods import METHODS, Method, create_method
 from mimicnorm_jax.models import NETWORKS, create_model
 from mimicnorm_jax.runs import evaluate, fit, read_config
@@ -29,22 +36,31 @@ __all__ = [
     "Folded",
     "LastBN",
     "Method",
+    "ScaledConv",
+    "ScaledConvTranspose",
+    "ScaledDense",
     "TrainedNetwork",
     "UserError",
     "WeightMeanConv",
+    "WeightMeanConvTranspose",
     "WeightMeanDense",
+    "WeightMeanMask",
     "center_kernel",
     "convert",
     "create_method",
     "create_model",
+    "equinox_mask",
     "evaluate",
     "fit",
     "fold",
+    "haiku_mask",
     "last_bn_cross_entropy",
     "last_bn_loss_floor",
+    "linen_mask",
     "load",
     "project_weight_mean",
     "read_config",
     "stable_variance",
+    "twice_differentiable",
     "weight_mean_mask",
 ]

@@ -21,7 +21,7 @@ from mimicnorm_jax.layers import (
     WeightMeanConv,
     WeightMeanDense,
 )
-from mimicnorm_jax.layers.weight_mean import at_least_float32
+from mimicnorm_jax.layers.kernel import at_least_float32
 
 
 class Built(NamedTuple):
@@ -138,19 +138,19 @@ def _of_kind(old: Any, layer: Layer, use_bias: bool) -> Any:
             return nnx.Linear(old.in_features, old.out_features, **shared)
         kind = WeightMeanDense if layer.centered else ScaledDense
         return kind(old.in_features, old.out_features, scale=scale, **shared)
-    padding = old.padding.upper() if isinstance(old.padding, str) else old.padding
     if isinstance(old, ScaledConv):
         shared["codec"] = old.codec
     return (WeightMeanConv if layer.centered else ScaledConv)(
         old.in_features,
         old.out_features,
         old.kernel_size,
-        1 if old.strides is None else old.strides,
-        padding=padding,
-        kernel_dilation=1 if old.kernel_dilation is None else old.kernel_dilation,
+        old.strides,
+        padding=old.padding,
+        kernel_dilation=old.kernel_dilation,
         feature_group_count=old.feature_group_count,
         scale=scale,
         narrow=not layer.curved,  # else the compiler would keep it twice
+        preferred_element_type=old.preferred_element_type,
         **shared,
     )
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
+from mimicnorm_jax.convert.derivatives import use_plain_functions
 from mimicnorm_jax.convert.flow import Flow
 from mimicnorm_jax.convert.graph import Path
 from mimicnorm_jax.convert.layers import NormalizedLogits, Scaled, ScaleShift, Shift, passed_on
@@ -22,13 +23,11 @@ from mimicnorm_jax.convert.report import INFERENCE, LayerReport, Report
 from mimicnorm_jax.convert.substitute import copied, substitute
 from mimicnorm_jax.convert.trace import LINEAR, NORMS, Arguments, is_of, trace
 from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.layers import Dropout, LastBN, ScaledConv, ScaledDense
-from mimicnorm_jax.layers.relu import Relu, relu
+from mimicnorm_jax.layers import Dropout, LastBN, ScaledConv, ScaledConvTranspose, ScaledDense
+from mimicnorm_jax.layers.kernel import at_least_float32
 from mimicnorm_jax.layers.remat import Runner, run
-from mimicnorm_jax.layers.weight_mean import at_least_float32
 from mimicnorm_jax.methods.base import Upcast
 from mimicnorm_jax.methods.fixup import FixupConv, FixupDense
-from mimicnorm_jax.models.pooling import Window
 
 
 class Folded(NamedTuple):
@@ -117,7 +116,7 @@ class _Folder:
         self.became[path] = said
 
     def _make_plain(self, path: Path, module: Any) -> None:
-        if isinstance(module, ScaledConv | ScaledDense):
+        if isinstance(module, ScaledConv | ScaledConvTranspose | ScaledDense):
             new = _plain_layer(module)
             self._keep(path, new, f"{type(module).__name__}, now nnx.{type(new).__name__}")
         elif isinstance(module, NormalizedLogits):
@@ -227,9 +226,8 @@ def _of_members(module: Any, stack: int, compute: Callable[[Any], Any]) -> Any:
 
 
 def _plain_layer(module: Any) -> Any:
-    """The ``nnx.Conv`` or ``nnx.Linear`` that computes the same."""
-    axes = len(module.kernel_size) + 2 if isinstance(module, ScaledConv) else 2
-    stack = module.kernel[...].ndim - axes
+    """The layer of Flax that computes the same."""
+    stack = module.kernel[...].ndim - len(module.kernel_shape)
     kernel = _of_members(module, stack, lambda layer: layer.effective_kernel())
     bias = None
     if module.bias is not None:
@@ -238,6 +236,7 @@ def _plain_layer(module: Any) -> Any:
         "use_bias": bias is not None,
         "dtype": module.dtype,
         "precision": module.precision,
+        "preferred_element_type": module.preferred_element_type,
         "param_dtype": kernel.dtype,
         "kernel_init": nnx.initializers.zeros_init(),
         "rngs": nnx.Rngs(0),
@@ -245,12 +244,23 @@ def _plain_layer(module: Any) -> Any:
     features = module.in_features, module.out_features
     if isinstance(module, ScaledDense):
         plain: Any = nnx.Linear(*features, **shared)
+    elif isinstance(module, ScaledConvTranspose):
+        plain = nnx.ConvTranspose(
+            *features,
+            module.kernel_size,
+            module.strides,
+            padding=module.padding,
+            kernel_dilation=module.kernel_dilation,
+            transpose_kernel=module.transpose_kernel,
+            **shared,
+        )
     else:
         plain = nnx.Conv(
             *features,
             module.kernel_size,
             module.strides,
             padding=module.padding,
+            input_dilation=module.input_dilation,
             kernel_dilation=module.kernel_dilation,
             feature_group_count=module.feature_group_count,
             **shared,
@@ -291,12 +301,9 @@ def _run_once(block: Callable[[Any], Any], x: Any) -> Any:
 
 
 def _use_plain_functions(network: nnx.Module) -> None:
-    """Puts JAX's own activations and pools in the place of those with derivatives of their own."""
+    """Leaves nothing of this package where Flax and JAX have their own."""
+    use_plain_functions(network)
     for _, module in nnx.iter_modules(network):
         for attribute, value in list(vars(module).items()):
-            if value is relu or isinstance(value, Relu):
-                setattr(module, attribute, jax.nn.relu)
-            elif isinstance(value, Window):
-                setattr(module, attribute, value._replace(plain=True))
-            elif isinstance(value, Runner):
+            if isinstance(value, Runner):
                 setattr(module, attribute, _run_once)

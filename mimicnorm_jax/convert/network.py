@@ -13,6 +13,7 @@ import numpy as np
 from flax import linen, nnx
 
 from mimicnorm_jax.convert.build import Built, build, rescale, stack_of
+from mimicnorm_jax.convert.derivatives import twice_differentiable
 from mimicnorm_jax.convert.graph import Path
 from mimicnorm_jax.convert.lean import make_lean
 from mimicnorm_jax.convert.linen import linen_module
@@ -25,6 +26,7 @@ from mimicnorm_jax.convert.support import kind_of
 from mimicnorm_jax.convert.trace import Arguments, Traced, trace
 from mimicnorm_jax.errors import UserError, unknown
 from mimicnorm_jax.layers.activation import stable_variance_of
+from mimicnorm_jax.layers.convolution import Differentiable
 
 Variance = Literal["measured", "formula"]
 
@@ -57,6 +59,7 @@ def convert(
     to: To = "mimicnorm",
     axis_name: str | None = None,
     lean: bool = True,
+    differentiable: Differentiable = "once",
     memory: bool = False,
     **kwargs: Any,
 ) -> Conversion:
@@ -96,6 +99,8 @@ def convert(
       lean: let the network compute ``nnx.relu`` and ``nnx.max_pool`` by those of this package where
         that saves memory in training. Outputs and gradients stay the same; a call that is not
         compiled (``nnx.jit``) traces the network each time.
+      differentiable: ``"twice"``: with derivatives of any order and mode, see
+        ``twice_differentiable``; it is not lean then. That also serves ``flax.linen``.
       memory: compile a training step of both networks for this machine and these arguments, and
         report the memory that it needs.
       **kwargs: what else the network is called with.
@@ -103,8 +108,8 @@ def convert(
     Returns:
       The converted network, in the mode (training or evaluation) of the given one, and the report.
       Kernels are those of ``model``, centred and rescaled; biases that a BatchNorm subtracted, and
-      what it had learned, are gone (with a warning, where it had). It has no forward-mode
-      derivative.
+      what it had learned, are gone (with a warning, where it had). Its derivative is that of
+      reverse mode, unless ``differentiable="twice"``.
 
     Raises:
       UserError: a network without BatchNorm, one with several outputs of which none is chosen,
@@ -112,6 +117,8 @@ def convert(
     """
     if variance not in get_args(Variance):
         raise unknown("variance", variance, get_args(Variance))
+    if differentiable not in get_args(Differentiable):
+        raise unknown("differentiable", differentiable, get_args(Differentiable))
     given = Arguments(args, kwargs)
     if not isinstance(model, nnx.Module | linen.Module):
         raise UserError(
@@ -119,6 +126,8 @@ def convert(
         )
     original: Any = linen_module(model, given) if isinstance(model, linen.Module) else model
     network, report = _convert(original, given, logits, center, keep, variance, to, axis_name)
+    if differentiable == "twice":
+        network, lean = twice_differentiable(network), False
     if lean:
         make_lean(network)
     if memory:

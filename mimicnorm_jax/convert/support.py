@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from mimicnorm_jax.layers import ScaledConv, ScaledDense
-
-_DEFAULTS: dict[str, Any] = {"mask": None, "preferred_element_type": None, "input_dilation": 1}
 
 
 def kind_of(layer: nnx.Module) -> str:
@@ -30,18 +29,17 @@ def unsupported(module: nnx.Module, ndim: int) -> str | None:
         return f"its kernel_size {tuple(size)} does not cover the {ndim - 2} axes of its input"
     if kind in (ScaledConv, ScaledDense, nnx.Linear):
         return None
+    if isinstance(module, nnx.ConvTranspose):
+        return "transposed convolutions are not converted"
     if kind is not nnx.Conv:
         return f"{kind_of(module)} is no layer that this package has with weight mean"
     assert isinstance(module, nnx.Conv)
-    for option, usual in _DEFAULTS.items():
-        given = getattr(module, option, usual)
-        if given is None or given is usual:
-            continue
-        steps = (given,) if isinstance(given, int) else given
-        if option != "input_dilation" or any(step != 1 for step in steps):
-            return f"WeightMeanConv has no {option}"
-    if isinstance(module.padding, str) and module.padding.upper() not in ("SAME", "VALID"):
-        return f"WeightMeanConv has no padding {module.padding!r}"
+    # What they leave of a kernel differs from output to output, and so does its fan-in.
+    if module.mask is not None:
+        return "its kernel has a mask"
+    dilation: Any = module.input_dilation
+    if dilation is not None and any(step != 1 for step in np.ravel(dilation)):
+        return "its input is dilated"
     if module.conv_general_dilated is not jax.lax.conv_general_dilated:
         return "it convolves by a function of its own"
     return None

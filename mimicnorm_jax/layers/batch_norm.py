@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,10 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
+from mimicnorm_jax.layers.convolution import Differentiable
+from mimicnorm_jax.layers.kernel import at_least_float32
 from mimicnorm_jax.layers.last_bn import update_average
 from mimicnorm_jax.layers.varying import as_varying, axes_of
-from mimicnorm_jax.layers.weight_mean import at_least_float32
 
 
 class ShiftedBatchNorm(nnx.Module):
@@ -29,8 +30,8 @@ class ShiftedBatchNorm(nnx.Module):
     - The running variance is that of the unbiased one, as PyTorch and ``LastBN`` keep it.
 
     Statistics and normalization are computed in at least float32. What is kept for the backward
-    pass is the input, in its own type. The output is differentiable in reverse mode; the running
-    statistics are constants to it.
+    pass is the input, in its own type. The output is differentiable in reverse mode, with
+    ``differentiable="twice"`` in any; the running statistics are constants to it.
 
     Args:
       num_features: C, the size of the last axis.
@@ -45,6 +46,7 @@ class ShiftedBatchNorm(nnx.Module):
       scale, bias: of the output, ``(C,)``.
       mean, var: the running averages ``(C,)``.
       use_running_average: ``model.eval()`` and ``model.train()`` set it.
+      differentiable: ``"once"``, see ``mimicnorm_jax.twice_differentiable``.
     """
 
     def __init__(
@@ -70,6 +72,12 @@ class ShiftedBatchNorm(nnx.Module):
         self.epsilon = epsilon
         self.dtype = dtype
         self.axis_name = axis_name
+        self.differentiable: Differentiable = "once"
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """What ``nnx.view(model, use_running_average=...)`` calls."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalizes ``(..., C)``, in training by all axes but the last."""
@@ -83,7 +91,8 @@ class ShiftedBatchNorm(nnx.Module):
             return (shifted * _channels(factor, x.ndim) + _channels(bias, x.ndim)).astype(dtype)
         # Inside a shard_map each device has its own gradient of what all share.
         given = as_varying((x, scale, bias, mean), axes_of(x))
-        y, offset, var = _normalize(*given, self.epsilon, self.axis_name, dtype)
+        normalized = _normalize if self.differentiable == "once" else _normalized
+        y, offset, var = normalized(*given, self.epsilon, self.axis_name, dtype)
         count = _count(x, self.axis_name)
         update_average(self.mean, mean + offset, self.momentum)
         update_average(self.var, var * (count / max(count - 1, 1)), self.momentum)
@@ -111,7 +120,11 @@ def _normalize(
     dtype: jnp.dtype,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The output, the mean less ``shift``, and the biased variance."""
-    return _forward(x, scale, bias, shift, epsilon, axis_name, dtype)[0]
+    return _normalized(x, scale, bias, shift, epsilon, axis_name, dtype)
+
+
+def _normalized(*args: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    return _forward(*args)[0]
 
 
 def _forward(

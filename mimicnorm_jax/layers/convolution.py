@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 from jax import lax
@@ -16,8 +17,18 @@ from mimicnorm_jax.layers.convolution_forms import (
     convolution_gradients,
 )
 from mimicnorm_jax.layers.order import after, after_on_cpu
-from mimicnorm_jax.layers.storage import Codec, Stored, decode, encode, rounded
+from mimicnorm_jax.layers.storage import (
+    NO_SECOND_DERIVATIVE,
+    Codec,
+    Stored,
+    decode,
+    encode,
+    first_derivative_only,
+    rounded,
+)
 from mimicnorm_jax.layers.varying import as_varying, axes_of
+
+Differentiable = Literal["once", "twice"]
 
 
 def convolve(
@@ -29,11 +40,13 @@ def convolve(
     offset: jax.Array | None = None,
     codec: Codec | None = None,
     narrow: bool = True,
+    differentiable: Differentiable = "once",
 ) -> jax.Array:
     """Convolves ``(B, *spatial, in)`` with ``(*window, in / groups, out)``.
 
     It has a derivative of its own, for reverse mode (``jax.grad``, ``jax.vjp``), for which it
     keeps the input and the kernel as they are given: no product with the scale, no cast.
+    (Reverse mode of that works as well, but with a codec.)
 
     Args:
       x: the input, whose type is that of the computation and of the result.
@@ -44,8 +57,18 @@ def convolve(
       codec: how the input is kept for the backward pass; None: as it is.
       narrow: keep what a TPU's convolution takes of a float32 input, see ``rounded``. What
         costs nothing to compute again, like the output of a norm, is better not kept at all.
+      differentiable: ``"twice"``: JAX's own derivatives, of any order and mode, in more memory.
+
+    Raises:
+      ValueError: ``"twice"`` with a codec: codes have no derivative.
     """
     shared = _Shared(kernel, scale, offset)
+    if differentiable not in get_args(Differentiable):
+        raise ValueError(f"differentiable must be 'once' or 'twice', got {differentiable!r}")
+    if differentiable == "twice":
+        if codec is not None:
+            raise ValueError(NO_SECOND_DERIVATIVE)
+        return _convolved(x, shared, geometry)
     # Under shard_map: the forms of the derivative for several backends must agree in what may
     # differ between devices. The derivative of the cast sums over those that share an operand.
     axes = frozenset().union(*(axes_of(leaf) for leaf in jax.tree.leaves((x, shared))))
@@ -82,7 +105,13 @@ _Kept = tuple[jax.Array | Stored, jax.Array | None, _Shared, _Wanted]
 def _convolve(
     x: jax.Array, shared: _Shared, geometry: Geometry, codec: Codec | None, narrow: bool
 ) -> jax.Array:
-    return convolution(*shared.operands(x), geometry)
+    return _convolved(x, shared, geometry)
+
+
+def _convolved(x: jax.Array, shared: _Shared, geometry: Geometry) -> jax.Array:
+    x, kernel = shared.operands(x)
+    x, geometry = geometry.padded_by_repetition(x, kernel)
+    return convolution(x, kernel, geometry)
 
 
 def _forward(
@@ -91,7 +120,7 @@ def _forward(
     wanted = _Wanted(kernel=any(leaf.perturbed for leaf in primals if leaf is not None))
     shared: _Shared
     x, shared = custom_vjp_primal_tree_values((primal, primals))
-    y = convolution(*shared.operands(x), geometry)
+    y = _convolved(x, shared, geometry)
     if codec is not None:
         return y, (encode(x, codec), None, shared, wanted)
     usual = narrow and geometry.precision is None and shared.offset is None
@@ -105,6 +134,7 @@ def _backward(
     x, shortened, shared, wanted = kept
     if isinstance(x, Stored):
         assert codec is not None
+        x, shared, gradient = first_derivative_only((x, shared, gradient))
         x = decode(Stored(after(x.codes, gradient), x.step), codec, gradient.dtype)
     elif shortened is None:
         x = _late_on_cpu(x, gradient)
@@ -120,10 +150,21 @@ def _backward(
     if shared.scale is not None:
         shared = shared._replace(kernel=_late_on_cpu(shared.kernel, gradient))
     (x, kernel), to_given = jax.vjp(lambda x, shared: shared.operands(x), x, shared)
-    gradients = convolution_gradients(
+    (x, geometry), to_unpadded = _padding_and_its_transpose(x, kernel, geometry)
+    of_x, of_kernel = convolution_gradients(
         x, kernel, gradient, geometry, both=wanted.kernel, lean=codec is not None
     )
-    return to_given(gradients)
+    return to_given((to_unpadded(of_x), of_kernel))
+
+
+def _padding_and_its_transpose(
+    x: jax.Array, kernel: jax.Array, geometry: Geometry
+) -> tuple[tuple[jax.Array, Geometry], Callable[[jax.Array], jax.Array]]:
+    padded, plain = geometry.padded_by_repetition(x, kernel)
+    if plain is geometry:
+        return (x, geometry), lambda gradient: gradient
+    _, transpose = jax.vjp(lambda x: geometry.padded_by_repetition(x, kernel)[0], x)
+    return (padded, plain), lambda gradient: transpose(gradient)[0]
 
 
 # symbolic_zeros: _forward is told by what the derivative is taken (a gradient is never a zero here)

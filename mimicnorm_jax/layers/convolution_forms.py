@@ -19,6 +19,9 @@ from mimicnorm_jax.layers.winograd import (
 )
 
 _Sides = tuple[tuple[int, int], ...]
+# lax's own, and those that repeat the input, by the names of ``jnp.pad``'s modes
+_REPEATED = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
+PADDINGS = ("SAME", "SAME_LOWER", "VALID", *_REPEATED)
 
 
 class Geometry(NamedTuple):
@@ -26,10 +29,12 @@ class Geometry(NamedTuple):
 
     Attributes:
       strides: one a spatial axis.
-      padding: ``"SAME"``, ``"VALID"`` or ``(low, high)`` a spatial axis.
+      padding: one of ``PADDINGS`` or ``(low, high)`` a spatial axis.
       kernel_dilation: one a spatial axis.
       feature_group_count: number of groups the channels are split into.
       precision: ``jax.lax.Precision``.
+      input_dilation: one a spatial axis; ``()``: 1.
+      preferred_element_type: type of the result; None: that of the operands.
     """
 
     strides: tuple[int, ...]
@@ -37,6 +42,22 @@ class Geometry(NamedTuple):
     kernel_dilation: tuple[int, ...]
     feature_group_count: int = 1
     precision: Any = None
+    input_dilation: tuple[int, ...] = ()
+    preferred_element_type: Any = None
+
+    def padded_by_repetition(self, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Geometry]:
+        """The input with what is repeated of it around it, and the geometry without that.
+
+        As ``nnx.Conv``, whatever the strides: half of the window on each side, of an even one the
+        larger half at the end.
+        """
+        if self.padding not in _REPEATED:
+            return x, self
+        window = kernel.shape[:-2]
+        spans = [(n - 1) * d + 1 for n, d in zip(window, self.kernel_dilation, strict=True)]
+        sides = [(0, 0), *(((span - 1) // 2, span // 2) for span in spans), (0, 0)]
+        padded = jnp.pad(x, sides, mode=_REPEATED[self.padding])
+        return padded, self._replace(padding="VALID")
 
 
 def convolution(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
@@ -112,10 +133,12 @@ def _library(x: jax.Array, kernel: jax.Array, *, geometry: Geometry) -> jax.Arra
         kernel,
         geometry.strides,
         geometry.padding,
+        lhs_dilation=geometry.input_dilation or None,
         rhs_dilation=geometry.kernel_dilation,
         dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
         feature_group_count=geometry.feature_group_count,
         precision=geometry.precision,
+        preferred_element_type=geometry.preferred_element_type,
     )
 
 
@@ -132,11 +155,13 @@ def _padded(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> jax.Array:
 
 
 def _is_usual(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> bool:
-    """Two spatial axes, no groups, no dilation, no negative padding."""
+    """Two spatial axes of known extents, no groups, no dilation, no negative padding."""
     return (
         x.ndim == 4
+        and not any(is_symbolic_dim(extent) for extent in x.shape[1:3])  # exported for any size
         and geometry.feature_group_count == 1
-        and set(geometry.kernel_dilation) == {1}
+        and {*geometry.kernel_dilation, *geometry.input_dilation} == {1}
+        and geometry.preferred_element_type is None
         and min(map(min, _sides(x, kernel, geometry))) >= 0
     )
 
@@ -183,9 +208,11 @@ def _suits_matrices(x: jax.Array, kernel: jax.Array, geometry: Geometry) -> bool
     images: 90 times slower than this), and the kernel gradient of a 1x1 convolution is not seen
     to be a matrix product (3 to 8 times slower).
     """
+    if not _is_usual(x, kernel, geometry):
+        return False
     window, spatial = kernel.shape[:-2], x.shape[1:-1]
     small = any(extent < size for extent, size in zip(spatial, window, strict=True))
-    return _is_usual(x, kernel, geometry) and (small or window == (1, 1))
+    return small or window == (1, 1)
 
 
 def _as_matrices(x: jax.Array, kernel: jax.Array, *, geometry: Geometry) -> jax.Array:

@@ -2,16 +2,99 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import optax
 from flax import nnx
 
-from mimicnorm_jax.layers.weight_mean import ScaledKernel, center_kernel
+from mimicnorm_jax.layers.kernel import Centering, Phase, center_kernel
+from mimicnorm_jax.layers.scaled import ScaledKernel
+
+Path = tuple[str, ...]
 
 
-def project_weight_mean(mask: Any) -> optax.GradientTransformation:
+class WeightMeanMask:
+    """Which parameters are kernels of weight mean, and over which weights each is centred.
+
+    It is a function from parameters to a tree of booleans, and so a mask for ``optax.masked``::
+
+      optax.masked(optax.add_decayed_weights(1e-4), weight_mean_mask(model))
+
+    ``bool(mask)`` says whether any kernel is chosen.
+
+    Attributes:
+      centerings: of each kernel, by its path in the parameters.
+    """
+
+    def __init__(self, centerings: Mapping[Path, Centering]):
+        self.centerings = dict(centerings)
+
+    def __bool__(self) -> bool:
+        return bool(self.centerings)
+
+    def __call__(self, params: Any) -> Any:
+        """A tree like ``params`` with True for every chosen kernel.
+
+        Args:
+          params: the parameters that the mask was made of, or a tree of their structure such as
+            their updates: an ``nnx.State``, a pure dictionary or a tree of another library.
+
+        Raises:
+          ValueError: they have not all of the chosen kernels.
+        """
+        return self._map(lambda leaf, centering: centering is not None, params)
+
+    def center(self, params: Any) -> Any:
+        """The parameters with each chosen kernel centred, as training has to start.
+
+        Called in the forward pass it is the reparameterized form, for any library.
+
+        Args:
+          params: as for a call.
+
+        Raises:
+          ValueError: as a call.
+        """
+        return self._map(lambda leaf, centering: centering(leaf) if centering else leaf, params)
+
+    def _map(self, f: Callable[[Any, Centering | None], Any], tree: Any) -> Any:
+        entries, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_left_out)
+        paths = [path_of(path) for path, _ in entries]
+        missing = self.centerings.keys() - set(paths)
+        if missing:
+            raise ValueError(
+                f"the mask's kernel {'/'.join(min(missing))} is not among the parameters, which "
+                f"are named like {'/'.join(paths[0]) if paths else '(none)'}"
+            )
+        leaves = [
+            leaf if _is_left_out(leaf) else f(leaf, self.centerings.get(path))
+            for path, (_, leaf) in zip(paths, entries, strict=True)
+        ]
+        return jax.tree.unflatten(structure, leaves)
+
+
+def _is_left_out(leaf: Any) -> bool:
+    """What ``optax.masked`` puts in the place of parameters that it leaves out."""
+    return isinstance(leaf, optax.MaskedNode)
+
+
+def path_of(path: tuple[Any, ...]) -> Path:
+    """Names on the way to a leaf; the ``value`` of an ``nnx.Variable`` is none."""
+    keys = [
+        next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name))
+        for key in path
+    ]
+    is_value = keys and keys[-1] == "value" and hasattr(path[-1], "name")
+    return tuple(str(key) for key in (keys[:-1] if is_value else keys))
+
+
+def project_weight_mean(
+    mask: Any, *, axes: Sequence[int] | None = None
+) -> optax.GradientTransformation:
     """Keeps kernels centred: the projected form of weight mean (Appendix C).
 
     Must be the last transform of a chain: it replaces the update ``u`` of each chosen
@@ -21,59 +104,115 @@ def project_weight_mean(mask: Any) -> optax.GradientTransformation:
 
     Example::
 
-      transform = optax.chain(
-          optax.sgd(0.1, momentum=0.9), project_weight_mean(weight_mean_mask(model))
-      )
+      transform = optax.chain(optax.sgd(0.1, momentum=0.9), project_weight_mean(model))
       optimizer = nnx.Optimizer(model, transform, wrt=nnx.Param)
 
     Args:
-      mask: tree like the parameters, as a pure dictionary, with True for every kernel to
-        centre, or a function from the parameters to such a tree;
-        ``weight_mean_mask(model)`` makes one. The parameters themselves may be an
-        ``nnx.State`` or a tree of arrays.
+      mask: an ``nnx.Module``, whose layers with ``weight_mean="projected"`` are chosen; what
+        ``weight_mean_mask``, ``linen_mask``, ``haiku_mask`` or ``equinox_mask`` make; a tree of
+        booleans like the parameters (a pure dictionary does for an ``nnx.State``), or a function
+        from the parameters to such a tree. Kernels must be centred at the start: those of
+        ``WeightMeanConv`` are, ``mask.center(params)`` makes others so.
+      axes: of a tree or function: over which the mean is taken, see ``center_kernel``. The
+        others know.
 
     Returns:
-      The transform; it has no state.
+      The transform; it has no state. Where nothing is chosen it warns, at once or in ``init``.
 
     Raises:
-      ValueError: in its ``update``: no parameters given, a mask that does not fit them, or a chosen
-        parameter with fewer than 2 axes.
+      ValueError: here: ``axes`` for what knows them. In ``init`` or ``update``: no parameters
+        given, a mask that does not fit them, or a chosen parameter with fewer than 2 axes.
     """
+    if isinstance(mask, nnx.Module):
+        mask = weight_mean_mask(mask)
+    if isinstance(mask, WeightMeanMask):
+        if axes is not None:
+            raise ValueError("axes are for trees of booleans: this mask has those of its layers")
+        if not mask:
+            _warn_of_nothing(3)
+
+    def centered(params: Any) -> Any:
+        if isinstance(mask, WeightMeanMask):
+            return mask.center(params)
+        chosen = _pure(mask(params) if callable(mask) else mask)
+        kernels = jax.tree.map(
+            lambda centre, w: center_kernel(w, axes) if centre else w, chosen, _pure(params)
+        )
+        # A pure dictionary and the state it was made of have the same leaves in one order.
+        return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(kernels))
+
+    def init(params: Any) -> optax.EmptyState:
+        if not isinstance(mask, WeightMeanMask):
+            chosen = mask(params) if callable(mask) else mask
+            if not any(jax.tree.leaves(chosen)):
+                _warn_of_nothing(4)
+        return optax.EmptyState()
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("project_weight_mean needs the parameters: update(..., params)")
-        chosen = mask(params) if callable(mask) else mask
+        moved = jax.tree.map(lambda w, u: w + u, params, updates)
         projected = jax.tree.map(
-            lambda centre, u, w: center_kernel(w + u) - w if centre else u,
-            chosen,
-            _pure(updates),
-            _pure(params),
+            lambda new, whole, w, u: u if new is whole else new - w,
+            centered(moved),
+            moved,
+            params,
+            updates,
         )
-        # A pure dictionary and the state it was made of have the same leaves in one order.
-        return jax.tree.unflatten(jax.tree.structure(updates), jax.tree.leaves(projected)), state
+        return projected, state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformation(init, update)
+
+
+def _warn_of_nothing(stacklevel: int) -> None:
+    warnings.warn(
+        "project_weight_mean: the mask chooses no kernel, so nothing is kept centred; layers with "
+        "weight_mean='reparameterized' need no transform",
+        stacklevel=stacklevel,
+    )
 
 
 def _pure(tree: Any) -> Any:
     return nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
 
 
-def weight_mean_mask(model: nnx.Module) -> dict[str, Any]:
+def weight_mean_mask(model: nnx.Module) -> WeightMeanMask:
     """Which parameters of a model are kernels in the projected form of weight mean.
 
     Args:
-      model: any module; layers with ``weight_mean="projected"`` are found at any depth.
+      model: any module; layers with ``weight_mean="projected"`` are found at any depth, also
+        where ``nnx.vmap`` or ``nnx.scan`` stacked them: each of a stack is centred by itself.
 
     Returns:
-      A tree of booleans, of the structure of
-      ``nnx.to_pure_dict(nnx.state(model, nnx.Param))``.
+      A mask of ``nnx.state(model, nnx.Param)``, or of the pure dictionary of that.
     """
-    chosen = {
-        (*path, "kernel")
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, ScaledKernel) and module.weight_mean == "projected"
-    }
-    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return nnx.to_pure_dict(nnx.from_flat_state([(path, path in chosen) for path, _ in flat]))
+    return WeightMeanMask(
+        {
+            (*map(str, path), "kernel"): of_stack(
+                module.centering, module.kernel_shape, tuple(module.kernel.shape)
+            )
+            for path, module in nnx.iter_modules(model)
+            if isinstance(module, ScaledKernel) and module.weight_mean == "projected"
+        }
+    )
+
+
+def of_stack(
+    centering: Centering, kernel_shape: tuple[int, ...], shape: tuple[int, ...]
+) -> Centering:
+    """How a stack of kernels is centred, of which each is of ``kernel_shape``.
+
+    Where the shape leaves open which axes number the kernels, the first ones do.
+
+    Raises:
+      ValueError: ``shape`` is no stack of ``kernel_shape``.
+    """
+    extra = len(shape) - len(kernel_shape)
+    for stack in itertools.combinations(range(len(shape)), max(extra, 0)):
+        own = [axis - len(shape) for axis in range(len(shape)) if axis not in stack]
+        if tuple(shape[axis] for axis in own) == kernel_shape:
+            return Centering(
+                tuple(own[axis] for axis in centering.axes),
+                tuple(Phase(own[p.axis], p.step, p.dilation) for p in centering.phases),
+            )
+    raise ValueError(f"a kernel of shape {shape} is no stack of kernels {kernel_shape}")

@@ -9,7 +9,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mimicnorm_jax.layers.storage import Codec, Stored, encode, rounded, unpack
+from mimicnorm_jax.layers.storage import (
+    Codec,
+    Stored,
+    encode,
+    first_derivative_only,
+    rounded,
+    unpack,
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -52,6 +59,7 @@ def _backward(
     y, shortened = kept
     if isinstance(y, Stored):
         assert bits is not None
+        y, gradient = first_derivative_only((y, gradient))
         positive = unpack(y, Codec(bits, rectified=True)) > 0
     elif shortened is None:
         positive = y > 0

@@ -11,7 +11,7 @@ examples nor on how the batch is spread over devices and micro-batches.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,11 @@ from mimicnorm_jax.layers.order import materialized
 
 ActivationStorage = Literal["full", "int8", "int4"]
 STORAGES: tuple[str, ...] = get_args(ActivationStorage)
+NO_SECOND_DERIVATIVE = (
+    "activations that are stored in codes (activation_storage='int8' or 'int4') have no second "
+    "derivative: use activation_storage='full'"
+)
+_Tree = TypeVar("_Tree")
 
 
 class Codec(NamedTuple):
@@ -109,6 +114,23 @@ def decode(stored: Stored, codec: Codec, dtype: jnp.dtype) -> jax.Array:
     else:
         values = codes - jnp.where(codes > codec.largest, 2.0**codec.bits, 0.0)
     return (values * stored.step).astype(dtype)
+
+
+@jax.custom_jvp
+def first_derivative_only(tree: _Tree) -> _Tree:
+    """A tree of arrays as it is, in a backward pass that decodes: to differentiate it is an error.
+
+    Codes are integers. JAX takes them for constants, and would be wrong without a word.
+
+    Raises:
+      ValueError: when it is differentiated.
+    """
+    return tree
+
+
+@first_derivative_only.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    raise ValueError(NO_SECOND_DERIVATIVE)
 
 
 def rounded(x: jax.Array) -> jax.Array | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
-from mimicnorm_jax.layers.weight_mean import ScaledConv, ScaledDense, at_least_float32
+from mimicnorm_jax.layers.kernel import Centering
+from mimicnorm_jax.layers.scaled import ScaledConv, ScaledDense
+
+EPSILON = 1e-5  # added to the variance
 
 
-def standardize_kernel(kernel: jax.Array, epsilon: float = 1e-5) -> jax.Array:
+def standardize_kernel(kernel: jax.Array, epsilon: float = EPSILON) -> jax.Array:
     """Gives the weights of every output channel mean 0 and standard deviation 1.
 
     Qiao et al. 2019, "Micro-Batch Training with Batch-Channel Normalization and Weight
@@ -23,11 +24,7 @@ def standardize_kernel(kernel: jax.Array, epsilon: float = 1e-5) -> jax.Array:
     Returns:
       The standardized kernel, of the shape and type of ``kernel``.
     """
-    wide = kernel.astype(at_least_float32(kernel.dtype))
-    axes = tuple(range(kernel.ndim - 1))
-    centered = wide - jnp.mean(wide, axis=axes, keepdims=True)
-    variance = jnp.mean(jnp.square(centered), axis=axes, keepdims=True)
-    return (centered * lax.rsqrt(variance + epsilon)).astype(kernel.dtype)
+    return Centering(tuple(range(kernel.ndim - 1))).standardized(kernel, epsilon)
 
 
 class WeightStandardizedConv(ScaledConv):
@@ -35,7 +32,7 @@ class WeightStandardizedConv(ScaledConv):
 
     def unscaled_kernel(self) -> jax.Array:
         """The standardized kernel."""
-        return standardize_kernel(self.kernel[...])
+        return self.centering.standardized(self.kernel[...], EPSILON, self.mask)
 
 
 class WeightStandardizedDense(ScaledDense):
@@ -43,4 +40,4 @@ class WeightStandardizedDense(ScaledDense):
 
     def unscaled_kernel(self) -> jax.Array:
         """The standardized kernel."""
-        return standardize_kernel(self.kernel[...])
+        return self.centering.standardized(self.kernel[...], EPSILON, self.mask)

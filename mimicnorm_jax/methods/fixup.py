@@ -30,7 +30,7 @@ class FixupConv(nnx.Module):
         self.bias_out = nnx.Param(jnp.zeros((), param_dtype)) if bias_out else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = self.conv(x, None if self.bias_in is None else self.bias_in[...])
+        y = self.conv(x, offset=None if self.bias_in is None else self.bias_in[...])
         return y if self.bias_out is None else y + self.bias_out[...].astype(y.dtype)
 
 

@@ -8,13 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers import LastBN, ScaledConv, ScaledDense
 from mimicnorm_jax.layers.batch_norm import ShiftedBatchNorm
 from mimicnorm_jax.layers.relu import Relu, relu
-from mimicnorm_jax.layers.weight_mean import ScaledKernel
+from mimicnorm_jax.layers.scaled import ScaledKernel
 from mimicnorm_jax.methods.base import Upcast, add, identity
 from mimicnorm_jax.methods.fixup import FixupConv, FixupDense
 from mimicnorm_jax.models import channels
@@ -68,6 +69,11 @@ def _kernel(layer: nnx.Conv | nnx.Linear | ScaledKernel) -> tuple[jax.Array, jax
 @predict.register(nnx.Conv)
 @predict.register(ScaledConv)
 def _(layer: nnx.Conv | ScaledConv, x: Signal) -> Signal:
+    for option in ("input_dilation", "kernel_dilation"):
+        if not {*np.ravel(getattr(layer, option) or 1)} == {1}:
+            raise UserError(f"there is no prediction for a convolution with {option}")
+    if isinstance(layer.padding, str):
+        raise UserError(f"there is no prediction for padding={layer.padding!r}: give numbers")
     kernel, bias = _kernel(layer)
     strides: Any = layer.strides
     padding: Any = layer.padding

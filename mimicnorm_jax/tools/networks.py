@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from absl import app, flags
 from flax import nnx
 
-from mimicnorm_jax.layers.weight_mean import ScaledKernel
+from mimicnorm_jax.layers.scaled import ScaledKernel
 from mimicnorm_jax.methods import Method, create_method
 from mimicnorm_jax.models import BRANCHED, NETWORKS, create_model
 

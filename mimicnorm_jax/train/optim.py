@@ -12,7 +12,7 @@ import optax
 from ml_collections import ConfigDict
 
 from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.layers import project_weight_mean
+from mimicnorm_jax.layers import WeightMeanMask, project_weight_mean
 
 Tree = Any
 
@@ -75,7 +75,7 @@ def make_optimizer(
     config: ConfigDict,
     schedule: optax.Schedule,
     params: Tree,
-    weight_mean_mask: Tree,
+    weight_mean_mask: WeightMeanMask,
     *,
     scalar_rate: float = 1.0,
 ) -> optax.GradientTransformation:
@@ -101,6 +101,6 @@ def make_optimizer(
     if scalar_rate != 1.0:
         scalars = jax.tree.map(lambda leaf: leaf.ndim == 0, params)
         transforms.append(optax.masked(optax.scale(scalar_rate), scalars))
-    if any(jax.tree.leaves(weight_mean_mask)):
+    if weight_mean_mask:
         transforms.append(project_weight_mean(weight_mean_mask))
     return optax.chain(*transforms)

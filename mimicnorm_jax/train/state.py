@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from mimicnorm_jax.layers import LastBN, weight_mean_mask
+from mimicnorm_jax.layers import LastBN, WeightMeanMask, weight_mean_mask
 from mimicnorm_jax.methods.base import identity
 
 Tree = Any
@@ -66,7 +66,7 @@ class Network:
     measure_graph: nnx.GraphDef[Any]
     statistics_graph: nnx.GraphDef[Any]
     last_bn: tuple[Any, ...] | None
-    weight_mean_mask: Tree
+    weight_mean_mask: WeightMeanMask
 
     def apply_train(
         self, params: Tree, batch_stats: Tree, images: jax.Array, keys: jax.Array

@@ -237,11 +237,9 @@ def test_a_gate_that_is_written_out_scales_the_layer_it_gates():
     ("layer", "says"),
     [
         (conv(8, 8, feature_group_count=8), "not centred: depthwise, bias"),
-        (conv(8, 8, padding="CIRCULAR"), "stays Conv: WeightMeanConv has no padding 'CIRCULAR'"),
-        (
-            conv(8, 8, input_dilation=2, padding=1),
-            "stays Conv: WeightMeanConv has no input_dilation",
-        ),
+        (conv(8, 8, padding="CIRCULAR"), "centred, bias"),
+        (conv(8, 8, input_dilation=2, padding=1), "stays Conv: its input is dilated"),
+        (conv(8, 8, mask=jnp.ones((3, 3, 8, 8))), "stays Conv: its kernel has a mask"),
         (conv(8, 8, padding="same", strides=None), "centred, bias"),
         (
             lambda rngs: nnx.Conv(8, 8, 3, rngs=rngs),  # an axis short: along rows only
@@ -249,7 +247,7 @@ def test_a_gate_that_is_written_out_scales_the_layer_it_gates():
         ),
         (
             lambda rngs: nnx.ConvTranspose(8, 8, (2, 2), rngs=rngs),
-            "stays ConvTranspose: ConvTranspose is no layer that this package has with weight mean",
+            "stays ConvTranspose: transposed convolutions are not converted",
         ),
     ],
 )

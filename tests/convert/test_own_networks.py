@@ -8,7 +8,7 @@ from flax import nnx
 
 import mimicnorm_jax
 from mimicnorm_jax import LastBN, create_method, create_model
-from mimicnorm_jax.layers.weight_mean import ScaledKernel
+from mimicnorm_jax.layers.scaled import ScaledKernel
 from mimicnorm_jax.methods import METHODS
 from mimicnorm_jax.models import BRANCHED, NETWORKS
 from tests.convert.test_networks import as_if_trained, check_folded

@@ -5,7 +5,14 @@ import optax
 import pytest
 from flax import nnx
 
-from mimicnorm_jax.layers import center_kernel, project_weight_mean, weight_mean_mask
+from mimicnorm_jax.layers import (
+    WeightMeanConv,
+    WeightMeanConvTranspose,
+    WeightMeanDense,
+    center_kernel,
+    project_weight_mean,
+    weight_mean_mask,
+)
 from mimicnorm_jax.methods import create_method
 from mimicnorm_jax.models import create_model
 
@@ -49,8 +56,8 @@ def test_misuse_is_an_error():
 def test_the_mask_of_a_model_is_its_projected_kernels():
     method = create_method("mimicnorm", weight_mean="projected")
     model = create_model("resnet20", method=method, num_classes=10, image_size=8, rngs=nnx.Rngs(0))
-    mask = weight_mean_mask(model)
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    mask = weight_mean_mask(model)(params)
     assert jax.tree.structure(mask) == jax.tree.structure(params)
     chosen = [path for path, value in jax.tree_util.tree_leaves_with_path(mask) if value]
     assert len(chosen) == 18  # all convolutions but the 3-channel stem
@@ -60,7 +67,21 @@ def test_the_mask_of_a_model_is_its_projected_kernels():
             np.testing.assert_allclose(kernel.mean((0, 1, 2)), 0.0, atol=1e-6)
 
 
-def test_flax_optimizers_and_states_are_served_too():
+def of_state(state):
+    return jax.tree.map(lambda x: x.ndim > 1 and x.shape[0] > 10, state)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda model: model,
+        weight_mean_mask,
+        lambda model: weight_mean_mask(model)(nnx.state(model, nnx.Param)),
+        lambda model: weight_mean_mask(model)(nnx.to_pure_dict(nnx.state(model, nnx.Param))),
+        lambda model: of_state,
+    ],
+)
+def test_flax_optimizers_and_states_are_served_too(mask):
     model = create_model(
         "mlp",
         method=create_method("mimicnorm", weight_mean="projected", min_fan_in=10),
@@ -68,7 +89,7 @@ def test_flax_optimizers_and_states_are_served_too():
         image_size=4,
         rngs=nnx.Rngs(0),
     )
-    transform = optax.chain(optax.sgd(0.1), project_weight_mean(weight_mean_mask(model)))
+    transform = optax.chain(optax.sgd(0.1), project_weight_mean(mask(model)))
     optimizer = nnx.Optimizer(model, transform, wrt=nnx.Param)
     x = jax.random.normal(jax.random.key(0), (8, 4, 4, 3))
     before = model.layers[0].kernel[...]
@@ -80,8 +101,134 @@ def test_flax_optimizers_and_states_are_served_too():
     np.testing.assert_allclose(after, expected, atol=1e-6)
 
 
-def test_a_reparameterized_model_has_nothing_to_project():
+def test_a_mask_that_chooses_nothing_is_said():
     model = create_model(
         "resnet20", method="mimicnorm", num_classes=10, image_size=8, rngs=nnx.Rngs(0)
     )
-    assert not any(jax.tree.leaves(weight_mean_mask(model)))
+    assert not weight_mean_mask(model)
+    with pytest.warns(UserWarning, match="chooses no kernel.*'reparameterized' need no transform"):
+        project_weight_mean(model)
+    params = {"kernel": jnp.ones((4, 2))}
+    for mask in ({"kernel": False}, lambda params: jax.tree.map(lambda _: False, params)):
+        with pytest.warns(UserWarning, match="chooses no kernel"):
+            project_weight_mean(mask).init(params)
+
+
+def test_axes_of_a_tree_are_those_that_are_given():
+    params = {"oihw": jax.random.normal(jax.random.key(0), (8, 4, 3, 3))}
+    transform = project_weight_mean({"oihw": True}, axes=(1, 2, 3))
+    updates, _ = transform.update(params, transform.init(params), params)
+    new = optax.apply_updates(params, updates)["oihw"]
+    expected = 2 * (params["oihw"] - params["oihw"].mean((1, 2, 3), keepdims=True))
+    np.testing.assert_allclose(new, expected, atol=1e-5)
+    model = projected_dense()
+    with pytest.raises(ValueError, match="axes are for trees"):
+        project_weight_mean(model, axes=(0,))
+    with pytest.raises(ValueError, match="no axes"):
+        center_kernel(params["oihw"], (4,))
+
+
+def projected_dense():
+    return WeightMeanDense(4, 3, weight_mean="projected", rngs=nnx.Rngs(0))
+
+
+class Stack(nnx.Module):
+    """Kernels of a scan, of a nested one, and one whose stack is on its last axis."""
+
+    def __init__(self, form, rngs):
+        options = {"weight_mean": form, "param_dtype": jnp.float64}
+
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def convolutions(rngs):
+            return WeightMeanConv(4, 4, (3, 3), **options, rngs=rngs)
+
+        @nnx.split_rngs(splits=2)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def transposed(rngs):
+            return WeightMeanConvTranspose(4, 4, (3, 3), 2, **options, rngs=rngs)
+
+        @nnx.split_rngs(splits=5)
+        @nnx.vmap(in_axes=(0,), out_axes=nnx.StateAxes({nnx.Param: -1, ...: None}))
+        def dense(rngs):
+            return WeightMeanDense(16, 4, **options, rngs=rngs)
+
+        self.convolutions, self.transposed = convolutions(rngs), transposed(rngs)
+        self.dense = dense(rngs)
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def scanned(x, layer):
+            return jnp.tanh(layer(x)[:, :4, :4])
+
+        x = scanned(x, self.convolutions)
+        x = jnp.tanh(scanned(x, self.transposed))[:, :2, :2].reshape(len(x), -1)
+        axes = nnx.StateAxes({nnx.Param: -1, ...: None})
+        return nnx.vmap(lambda layer, x: layer(x), in_axes=(axes, None))(self.dense, x)
+
+
+def test_each_kernel_of_a_stack_is_centred_by_itself(float64):
+    """50 steps with momentum and weight decay are those of centring in the forward pass."""
+    x = jax.random.normal(jax.random.key(1), (3, 4, 4, 4), jnp.float64)
+    models = {}
+    for form in ("reparameterized", "projected"):
+        model = models[form] = Stack(form, nnx.Rngs(0))
+        steps = [optax.add_decayed_weights(1e-3), optax.sgd(0.05, momentum=0.9)]
+        if form == "projected":
+            steps.append(project_weight_mean(model))
+        optimizer = nnx.Optimizer(model, optax.chain(*steps), wrt=nnx.Param)
+
+        @nnx.jit
+        def train_step(model, optimizer):
+            gradient = nnx.grad(lambda model: jnp.mean((model(x) - 1) ** 2))(model)
+            optimizer.update(model, gradient)
+
+        for _ in range(50):
+            train_step(model, optimizer)
+    plain, projected = models["reparameterized"], models["projected"]
+    np.testing.assert_allclose(projected(x), plain(x), rtol=1e-9)
+    for name, axes in (("convolutions", (1, 2, 3)), ("dense", (0,))):
+        kernel = getattr(projected, name).kernel[...]
+        np.testing.assert_allclose(kernel.mean(axes), 0.0, atol=1e-14)
+        theirs = getattr(plain, name).kernel[...]
+        np.testing.assert_allclose(kernel, theirs - theirs.mean(axes, keepdims=True), atol=1e-9)
+
+
+def test_optax_masked_takes_the_mask():
+    model = create_model(
+        "mlp",
+        method=create_method("mimicnorm", weight_mean="projected", min_fan_in=10),
+        num_classes=4,
+        image_size=4,
+        rngs=nnx.Rngs(0),
+    )
+    state = nnx.state(model, nnx.Param)
+    for params in (state, nnx.to_pure_dict(state)):
+        mask = weight_mean_mask(model)
+        decay = optax.masked(optax.add_decayed_weights(1.0), mask)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        updates, _ = decay.update(zeros, decay.init(params), params)
+        for update, chosen in zip(
+            jax.tree.leaves(updates), jax.tree.leaves(mask(params)), strict=True
+        ):
+            assert (jnp.abs(update).max() > 0) == chosen
+        # and inside one, where the others are no leaves
+        inner = optax.masked(project_weight_mean(mask), mask)
+        inner.update(zeros, inner.init(params), params)
+
+
+def test_a_mask_of_another_model_is_an_error():
+    mask = weight_mean_mask(nnx.Sequential(projected_dense()))
+    params = nnx.state(projected_dense(), nnx.Param)
+    with pytest.raises(ValueError, match=r"layers/0/kernel is not among .* like bias"):
+        mask(params)
+
+
+def test_a_projected_layer_without_the_transform_is_told_of():
+    model = projected_dense()
+    optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+    x = jnp.ones((2, 4))
+    model(x)  # centred: nothing is said
+    optimizer.update(model, nnx.grad(lambda model: jnp.sum(model(x)))(model))
+    with pytest.warns(UserWarning, match="needs project_weight_mean"):
+        model(x)

@@ -139,7 +139,8 @@ def test_projected_layers_start_centred_and_do_not_centre_in_the_forward_pass():
     conv = WeightMeanConv(16, 8, (3, 3), weight_mean="projected", rngs=nnx.Rngs(0))
     np.testing.assert_allclose(conv.kernel[...].mean((0, 1, 2)), 0.0, atol=1e-7)
     conv.kernel[...] += 1.0
-    assert jnp.allclose(conv.effective_kernel(), conv.kernel[...])
+    with pytest.warns(UserWarning, match="not centred: its optimizer needs project_weight_mean"):
+        assert jnp.allclose(conv.effective_kernel(), conv.kernel[...])
 
 
 def test_the_kernel_is_centred_in_float32_under_bfloat16():
@@ -155,7 +156,7 @@ def test_the_kernel_is_centred_in_float32_under_bfloat16():
         (lambda r: WeightMeanDense(4, 4, weight_mean="none", rngs=r), "weight_mean"),
         (lambda r: WeightMeanConv(4, 6, (3, 3), feature_group_count=4, rngs=r), "out_features"),
         (lambda r: WeightMeanConv(4, 4, (3, 3), rngs=r)(jnp.zeros((2, 8, 8, 3))), "got shape"),
-        (lambda r: WeightMeanConv(4, 4, (3, 3), rngs=r)(jnp.zeros((8, 8, 4))), "got shape"),
+        (lambda r: WeightMeanConv(4, 4, (3, 3), rngs=r)(jnp.zeros((8, 4))), "got shape"),
     ],
 )
 def test_wrong_arguments_are_named(make, message):
@@ -163,8 +164,6 @@ def test_wrong_arguments_are_named(make, message):
         make(nnx.Rngs(0))
 
 
-def test_numpy_integers_are_integers_and_unknown_paddings_are_named():
+def test_numpy_integers_are_integers():
     layer = WeightMeanConv(2, 3, (3, 3), np.int64(2), padding=np.int64(1), rngs=nnx.Rngs(0))
     assert layer(jnp.ones((1, 8, 8, 2))).shape == (1, 4, 4, 3)
-    with pytest.raises(ValueError, match="'SAME', 'VALID' or numbers, got 'CIRCULAR'"):
-        WeightMeanConv(2, 3, (3, 3), padding="CIRCULAR", rngs=nnx.Rngs(0))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mimicnorm_jax.layers.weight_mean import ScaledKernel
+from mimicnorm_jax.layers.scaled import ScaledKernel
 from mimicnorm_jax.methods import METHODS, create_method
 from mimicnorm_jax.models import BRANCHED, NETWORKS, create_model
 from mimicnorm_jax.parallel import shard_batch

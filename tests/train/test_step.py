@@ -122,7 +122,8 @@ def test_reparameterized_and_projected_are_the_same_training(network, tiny_confi
     )
     assert np.ptp(projected.losses) > 0.1
     np.testing.assert_allclose(projected.losses, reparameterized.losses, rtol=1e-9)
-    chosen = jax.tree.leaves(projected.experiment.network.weight_mean_mask)
+    mask = projected.experiment.network.weight_mean_mask
+    chosen = jax.tree.leaves(mask(projected.state.params))
     kernels = [
         kernel
         for kernel, is_chosen in zip(jax.tree.leaves(projected.state.params), chosen, strict=True)
@@ -137,7 +138,7 @@ def test_projected_kernels_stay_centred_in_float32(tiny_config):
     _, state, experiment, _ = train(tiny_config(weight_mean="projected"), 20)
     for kernel, chosen in zip(
         jax.tree.leaves(state.params),
-        jax.tree.leaves(experiment.network.weight_mean_mask),
+        jax.tree.leaves(experiment.network.weight_mean_mask(state.params)),
         strict=True,
     ):
         if chosen:

@@ -1,0 +1,69 @@
+"""Networks with derivatives of any order and mode."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import jax
+from flax import nnx
+
+from mimicnorm_jax.convert.lean import undo_lean
+from mimicnorm_jax.layers import ScaledConv
+from mimicnorm_jax.layers.batch_norm import ShiftedBatchNorm
+from mimicnorm_jax.layers.relu import Relu, relu
+from mimicnorm_jax.layers.storage import NO_SECOND_DERIVATIVE
+from mimicnorm_jax.models.pooling import Window
+
+_Network = TypeVar("_Network", bound=nnx.Module)
+
+
+def twice_differentiable(network: _Network) -> _Network:
+    """The same network with JAX's own derivatives, which exist in any order and mode.
+
+    To save memory in training, convolutions, ReLU, max-pools and BatchNorms of this package have
+    backward passes of their own. So their derivative is that of reverse mode: ``jax.jvp``,
+    ``jax.linearize``, ``jax.hessian`` and forward over reverse raise. In what is returned all of
+    these work; it needs more memory, and is for looking at a network rather than for training it.
+
+    Example::
+
+      network = twice_differentiable(model)
+      graph, params, rest = nnx.split(network, nnx.Param, ...)
+
+      def loss(params):
+          return cross_entropy(nnx.merge(graph, params, rest, copy=True)(images), labels).mean()
+
+      product = jax.jvp(jax.grad(loss), (params,), (vector,))[1]  # Hessian times vector
+
+    Args:
+      network: one of ``create_model`` or ``convert``, or any module with layers of this package.
+        It is left as it was.
+
+    Returns:
+      A copy with the same arrays and the same outputs.
+
+    Raises:
+      ValueError: activations are stored in codes, which have no second derivative.
+    """
+    graph, state = nnx.split(network)
+    copy = nnx.merge(graph, state, copy=True)
+    undo_lean(copy)
+    for _, module in nnx.iter_modules(copy):
+        if isinstance(module, ScaledConv):
+            if module.codec is not None:
+                raise ValueError(NO_SECOND_DERIVATIVE)
+            module.differentiable = "twice"
+        elif isinstance(module, ShiftedBatchNorm):
+            module.differentiable = "twice"
+    use_plain_functions(copy)
+    return copy
+
+
+def use_plain_functions(network: nnx.Module) -> None:
+    """Puts JAX's own ReLU and max-pool in the place of those with derivatives of their own."""
+    for _, module in nnx.iter_modules(network):
+        for attribute, value in list(vars(module).items()):
+            if value is relu or isinstance(value, Relu):
+                setattr(module, attribute, jax.nn.relu)
+            elif isinstance(value, Window):
+                setattr(module, attribute, value._replace(plain=True))
