@@ -25,6 +25,7 @@ from mimicnorm_jax.layers import (
 from mimicnorm_jax.masks import equinox_mask, haiku_mask, linen_mask
 from mimicnorm_jax.methods import METHODS, Method, create_method
 from mimicnorm_jax.models import NETWORKS, create_model
+from mimicnorm_jax.recalibration import recalibrate
 from mimicnorm_jax.runs import evaluate, fit, read_config
 from mimicnorm_jax.trained import TrainedNetwork, load
 from mimicnorm_jax.version import __version__ as __version__
@@ -60,6 +61,7 @@ __all__ = [
     "load",
     "project_weight_mean",
     "read_config",
+    "recalibrate",
     "stable_variance",
     "twice_differentiable",
     "weight_mean_mask",

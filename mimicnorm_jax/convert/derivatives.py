@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 
 from mimicnorm_jax.convert.lean import undo_lean
+from mimicnorm_jax.convert.substitute import copied
 from mimicnorm_jax.layers import ScaledConv
 from mimicnorm_jax.layers.batch_norm import ShiftedBatchNorm
 from mimicnorm_jax.layers.relu import Relu, relu
@@ -45,8 +46,7 @@ def twice_differentiable(network: _Network) -> _Network:
     Raises:
       ValueError: activations are stored in codes, which have no second derivative.
     """
-    graph, state = nnx.split(network)
-    copy = nnx.merge(graph, state, copy=True)
+    copy: Any = copied(network)
     undo_lean(copy)
     for _, module in nnx.iter_modules(copy):
         if isinstance(module, ScaledConv):
@@ -56,7 +56,7 @@ def twice_differentiable(network: _Network) -> _Network:
         elif isinstance(module, ShiftedBatchNorm):
             module.differentiable = "twice"
     use_plain_functions(copy)
-    return copy
+    return copy  # type: ignore[no-any-return]
 
 
 def use_plain_functions(network: nnx.Module) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 
 
 class Window(NamedTuple):
@@ -36,12 +37,13 @@ def max_pool(
       window: height and width of the window.
       stride: step of the window along both axes.
       padding: rows and columns added on each side, which never are the maximum.
-      plain: ``lax.reduce_window`` after all, for inference and what reads its program.
+      plain: ``lax.reduce_window`` after all, for inference and what reads its program. So are
+        images of symbolic extents, see ``jax.export``.
 
     Returns:
       ``(B, H', W', C)`` with ``H' = (H + 2 padding - window) // stride + 1``.
     """
-    if plain:
+    if plain or any(is_symbolic_dim(extent) for extent in x.shape[1:3]):
         sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
         extents, steps = (1, window, window, 1), (1, stride, stride, 1)
         return lax.reduce_window(x, -jnp.inf, lax.max, extents, steps, sides)
