@@ -107,7 +107,7 @@ QUICK = ("reverse over reverse", "forward over reverse")
 ALL = (*QUICK, "reverse over forward", "linearized")
 
 
-@pytest.mark.parametrize("name", ["resnet20", "vgg11"])
+@pytest.mark.parametrize("name", ["resnet20", pytest.param("vgg11", marks=pytest.mark.long)])
 def test_hessian_vector_products_of_built_in_networks(name, float64):
     assert_all_modes(built_in(name), images(32 if name == "vgg11" else 16), QUICK)
 
