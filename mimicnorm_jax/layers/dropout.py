@@ -17,7 +17,8 @@ class Dropout(nnx.Module):
     Args:
       rate: probability that a value is zeroed, in [0, 1).
       index: tells the dropout layers of one network apart.
-      deterministic: pass the input through; ``model.eval()`` and ``model.train()`` set it.
+      deterministic: pass the input through; ``model.eval()``, ``model.train()`` and
+        ``nnx.view`` set it.
     """
 
     def __init__(self, rate: float, *, index: int = 0, deterministic: bool = False):
@@ -26,6 +27,11 @@ class Dropout(nnx.Module):
         self.rate = rate
         self.index = index
         self.deterministic = deterministic
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What ``nnx.view(model, deterministic=...)`` calls."""
+        if deterministic is not None:
+            self.deterministic = deterministic
 
     def __call__(self, x: jax.Array, keys: jax.Array | None) -> jax.Array:
         """Drops values of ``(B, ...)`` inputs.

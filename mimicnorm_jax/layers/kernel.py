@@ -108,18 +108,22 @@ class Centering:
         standard = centered * jax.lax.rsqrt(variance + epsilon)
         return (standard if mask is None else standard * mask).astype(kernel.dtype)
 
-    def fan_in(self, shape: tuple[int, ...], mask: _Array | None = None) -> np.ndarray:
-        """How many weights make an output together with each one; broadcasts to ``shape``."""
+    def fan_in(self, shape: tuple[int, ...], mask: _Array | None = None) -> Any:
+        """How many weights make an output together with each one; broadcasts to ``shape``.
+
+        An array of NumPy, but of a mask that is traced a traced one.
+        """
+        xp: Any = jnp if isinstance(mask, jax.core.Tracer) else np
         total: Any = 0.0
         for phase in self._phases(shape):
             if mask is None:
                 others = (n for n, m in zip(shape, phase.shape, strict=True) if m == 1)
                 count = phase.sum() * math.prod(others) / self._channels(shape)
             else:
-                kept = phase * (np.asarray(mask) != 0)
-                count = np.sum(kept, axis=self.axes, keepdims=True)
+                kept = phase * (xp.asarray(mask) != 0)
+                count = xp.sum(kept, axis=self.axes, keepdims=True)
             total = total + phase * count
-        return np.asarray(total)
+        return xp.asarray(total)
 
     def _channels(self, shape: tuple[int, ...]) -> int:
         """How many output channels a kernel (or stack) has."""
@@ -188,26 +192,25 @@ def stable_variance(fan_in: int, *, centered: bool, after_relu: bool) -> float:
 
 
 def stable_normal(
-    fan_in: int | np.ndarray, *, centered: bool, after_relu: bool, gain: float = 1.0
+    fan_in: int | np.ndarray | jax.Array, *, centered: bool, after_relu: bool, gain: float = 1.0
 ) -> Initializer:
     """Normal initializer of mean 0 and variance ``gain**2 * stable_variance``.
 
     It is a function ``(key, shape, dtype)``. ``gain`` multiplies the standard deviation; other
     arguments and errors are those of ``stable_variance``. ``fan_in`` may be an array that
-    broadcasts to the shape, where weights differ in it; those of none (0) become 0.
+    broadcasts to the shape, where weights differ in it; what centring leaves nothing of becomes 0.
     """
-    sizes = np.asarray(fan_in)
-    deviations = {
-        n: gain * math.sqrt(stable_variance(n, centered=centered, after_relu=after_relu))
-        for n in np.unique(sizes).astype(int).tolist()
-        if n or not sizes.ndim
-    }
-    if not sizes.ndim:
-        return nnx.initializers.normal(deviations[int(sizes)])
-    of_each = np.vectorize(lambda n: deviations.get(int(n), 0.0), otypes=[float])(sizes)
-    standard = nnx.initializers.normal(1.0)
+    if np.ndim(fan_in) == 0:
+        variance = stable_variance(int(fan_in), centered=centered, after_relu=after_relu)
+        return nnx.initializers.normal(gain * math.sqrt(variance))
+    # of a fan-in of 2, times what becomes of it with others: it is proportional to 1 / (n - lost)
+    lost = 1 if centered else 0
+    variance = stable_variance(2, centered=centered, after_relu=after_relu) * (2 - lost)
+    standard = nnx.initializers.normal(gain * math.sqrt(variance))
 
     def init(key: Any, shape: tuple[int, ...], dtype: Any = jnp.float32, **options: Any) -> Any:
-        return standard(key, shape, dtype, **options) * jnp.asarray(of_each, dtype)
+        left = jnp.asarray(fan_in, at_least_float32(dtype)) - lost
+        shrunk = jnp.where(left > 0, jax.lax.rsqrt(jnp.maximum(left, 1)), 0)
+        return standard(key, shape, dtype, **options) * shrunk.astype(dtype)
 
     return init

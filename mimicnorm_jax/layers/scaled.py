@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -32,6 +31,13 @@ NO_METADATA: Mapping[str, Any] = MappingProxyType({})
 _DRIFT = 1e-2  # of the weights' deviation: far above what rounding leaves of a centred kernel
 
 
+class Mask(nnx.Variable[jax.Array]):
+    """Factors of a kernel's weights, which are not trained.
+
+    A plain array, as ``nnx.Conv`` has, would be lost where a module is made inside ``jax.jit``.
+    """
+
+
 class ScaledKernel(nnx.Module):
     """Base of the layers: a kernel, a bias and a learnable scalar that multiplies both."""
 
@@ -39,7 +45,7 @@ class ScaledKernel(nnx.Module):
     bias: nnx.Param[jax.Array] | None
     scale: nnx.Param[jax.Array] | None
     kernel_shape: tuple[int, ...]
-    mask: jax.Array | None = None
+    mask: Mask | None = None
     weight_mean: WeightMean | None = None
     after_relu: bool = True
 
@@ -48,12 +54,16 @@ class ScaledKernel(nnx.Module):
         """Which weights the mean is taken over; also of a stack of this layer's kernels."""
         return Centering(tuple(range(-len(self.kernel_shape), -1)))
 
+    @property
+    def _factors(self) -> jax.Array | None:
+        return None if self.mask is None else self.mask[...]
+
     def _check_weight_mean(self) -> None:
         """Refuses what has no weight mean; the layer's geometry is known by now."""
-        if self.mask is not None and np.shape(self.mask) != self.kernel_shape:
+        mask = self._factors
+        if mask is not None and mask.shape != self.kernel_shape:
             raise ValueError(
-                f"mask must have the shape of the kernel {self.kernel_shape}, got "
-                f"{np.shape(self.mask)}"
+                f"mask must have the shape of the kernel {self.kernel_shape}, got {mask.shape}"
             )
         if self.weight_mean is None:
             return
@@ -62,9 +72,10 @@ class ScaledKernel(nnx.Module):
                 f"weight_mean must be one of {', '.join(get_args(WeightMean))}, got "
                 f"{self.weight_mean!r}"
             )
-        if self.weight_mean == "projected" and self.mask is not None:
+        if self.weight_mean == "projected" and mask is not None:
             raise ValueError("a mask needs weight_mean='reparameterized'")
-        if 1 in self.centering.fan_in(self.kernel_shape, self.mask):
+        sizes = self.centering.fan_in(self.kernel_shape, self._factors)
+        if not isinstance(sizes, jax.core.Tracer) and (sizes == 1).any():
             raise ValueError(
                 f"a kernel of shape {self.kernel_shape} has outputs with a fan-in of 1, and "
                 "fan_in must be at least 2: centring leaves nothing of a single weight"
@@ -73,10 +84,11 @@ class ScaledKernel(nnx.Module):
     def _initializer(self, kernel_init: Initializer | None) -> Initializer:
         """What makes the kernel: an own initializer or ``stable_normal``, centred if projected."""
         if kernel_init is None:
-            sizes = self.centering.fan_in(self.kernel_shape, self.mask)
-            same = sizes.min() == sizes.max()
+            sizes = self.centering.fan_in(self.kernel_shape, self._factors)
+            if not isinstance(sizes, jax.core.Tracer) and sizes.min() == sizes.max():
+                sizes = int(sizes.max())
             kernel_init = stable_normal(
-                int(sizes.max()) if same else sizes,
+                sizes,
                 centered=self.weight_mean is not None,
                 after_relu=self.after_relu,
             )
@@ -117,10 +129,10 @@ class ScaledKernel(nnx.Module):
         kernel = self.kernel[...]
         kernel = kernel.astype(at_least_float32(kernel.dtype))
         if self.weight_mean == "reparameterized":
-            return self.centering(kernel, self.mask)
+            return self.centering(kernel, self._factors)
         if self.weight_mean == "projected":
             _warn_of_drift(kernel, self.centering)
-        return kernel if self.mask is None else kernel * self.mask
+        return kernel if self.mask is None else kernel * self.mask[...]
 
     def effective_kernel(self) -> jax.Array:
         """The kernel that meets the input: ``scale * center(kernel)`` where centred."""
@@ -149,7 +161,8 @@ def _warn_of_drift(kernel: Any, centering: Centering) -> None:
 
     Only of numbers that are there: inside ``jax.jit`` there are none.
     """
-    if isinstance(kernel, jax.core.Tracer) or not kernel.is_fully_addressable:
+    there = getattr(kernel, "is_fully_addressable", True)  # NumPy's arrays are
+    if isinstance(kernel, jax.core.Tracer) or not there:
         return
     rest = kernel - centering(kernel)
     if float(jnp.max(jnp.abs(rest))) > _DRIFT * float(jnp.std(kernel)):
@@ -241,7 +254,7 @@ class ScaledConv(ScaledKernel):
         self.kernel_dilation = per_axis("kernel_dilation", kernel_dilation, len(size))
         self.padding = lax_padding(padding, size, self.kernel_dilation, self.input_dilation)
         self.feature_group_count = feature_group_count
-        self.mask = None if mask is None else jnp.asarray(mask)
+        self.mask = None if mask is None else Mask(jnp.asarray(mask))
         self.dtype = dtype
         self.precision = precision
         self.preferred_element_type = preferred_element_type

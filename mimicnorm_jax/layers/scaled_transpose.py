@@ -12,10 +12,10 @@ from jax.typing import DTypeLike
 
 from mimicnorm_jax.layers.convolution_arguments import Padding, Steps, per_axis, phases
 from mimicnorm_jax.layers.kernel import Centering, Initializer
-from mimicnorm_jax.layers.scaled import NO_METADATA, ZEROS, ScaledKernel
+from mimicnorm_jax.layers.scaled import NO_METADATA, ZEROS, Mask, ScaledKernel
 
 
-class ScaledConvTranspose(ScaledKernel, nnx.ConvTranspose):
+class ScaledConvTranspose(ScaledKernel, nnx.ConvTranspose):  # type: ignore[misc]
     """Transposed convolution whose output is multiplied by a learnable scalar, folded in.
 
     What it computes is ``nnx.ConvTranspose`` of the effective kernel and bias; derivatives are
@@ -65,7 +65,7 @@ class ScaledConvTranspose(ScaledKernel, nnx.ConvTranspose):
         self.transpose_kernel = transpose_kernel
         pair = (in_features, out_features)
         self.kernel_shape = (*size, *(pair[::-1] if transpose_kernel else pair))
-        self.mask = None if mask is None else jnp.asarray(mask)
+        self.mask = held = None if mask is None else Mask(jnp.asarray(mask))
         self._check_weight_mean()
         nnx.ConvTranspose.__init__(
             self,
@@ -76,7 +76,7 @@ class ScaledConvTranspose(ScaledKernel, nnx.ConvTranspose):
             padding=padding.upper() if isinstance(padding, str) else padding,
             kernel_dilation=self.kernel_dilation,
             use_bias=use_bias,
-            mask=self.mask,
+            mask=held,  # type: ignore[arg-type]
             dtype=dtype,
             param_dtype=param_dtype,
             precision=precision,

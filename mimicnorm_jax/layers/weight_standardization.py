@@ -32,7 +32,7 @@ class WeightStandardizedConv(ScaledConv):
 
     def unscaled_kernel(self) -> jax.Array:
         """The standardized kernel."""
-        return self.centering.standardized(self.kernel[...], EPSILON, self.mask)
+        return self.centering.standardized(self.kernel[...], EPSILON, self._factors)
 
 
 class WeightStandardizedDense(ScaledDense):
@@ -40,4 +40,4 @@ class WeightStandardizedDense(ScaledDense):
 
     def unscaled_kernel(self) -> jax.Array:
         """The standardized kernel."""
-        return self.centering.standardized(self.kernel[...], EPSILON, self.mask)
+        return self.centering.standardized(self.kernel[...], EPSILON, self._factors)

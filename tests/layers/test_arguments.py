@@ -194,6 +194,7 @@ TRANSPOSED = {
     "kernel_dilation": (None, (2, 1)),
     "transpose_kernel": (False, True),
     "use_bias": (True, False),
+    "masked": (True, False),
     "batch": ((), (2,), (2, 3)),
     "kernel_size": ((4, 3), (2, 2)),
 }
@@ -204,7 +205,13 @@ TRANSPOSED = {
 )
 def test_a_transposed_convolution_is_flaxs_with_the_centred_kernel(values, float64):
     options = dict(zip(TRANSPOSED, values, strict=True))
-    batch, size = options.pop("batch"), options.pop("kernel_size")
+    masked, batch, size = (options.pop(n) for n in ("masked", "batch", "kernel_size"))
+    if masked:
+        shape = (*size, *((6, 4) if options["transpose_kernel"] else (4, 6)))
+        mask = np.random.default_rng(0).integers(0, 2, shape).astype(float)
+        mask[..., :3, :3] = 1.0  # centring needs two weights, of either order of the channels
+        mask[..., 3:, :3] = mask[..., :3, 3:] = 1.0
+        options["mask"] = jnp.asarray(mask)
     ours = WeightMeanConvTranspose(4, 6, size, **options, **WIDE, rngs=nnx.Rngs(0))
     if isinstance(options["padding"], str):
         options["padding"] = options["padding"].upper()
@@ -218,6 +225,7 @@ def test_a_transposed_convolution_is_flaxs_with_the_centred_kernel(values, float
             input_axis=-1 if options["transpose_kernel"] else -2,
             steps=np.broadcast_to(options["strides"] or 1, 2),
             dilation=np.broadcast_to(options["kernel_dilation"] or 1, 2),
+            mask=options.get("mask"),
         ),
     )
 
@@ -249,6 +257,20 @@ def test_a_mask_counts_in_the_initial_variance():
     y = conv(nnx.relu(jax.random.normal(jax.random.key(1), (8, 8, 8, 64))))
     for half in (y[..., :128], y[..., 128:]):
         assert jnp.mean(half**2) == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_mask_may_be_made_where_the_layer_is_traced():
+    def make():
+        mask = jnp.tril(jnp.ones((64, 64)))[None, None]
+        return WeightMeanConv(64, 64, (1, 1), mask=mask.at[..., 63].set(1.0), rngs=nnx.Rngs(0))
+
+    assert nnx.eval_shape(make).kernel.shape == (1, 1, 64, 64)
+    conv = nnx.merge(*jax.jit(lambda: nnx.split(make()))())
+    kept = conv.effective_kernel()[0, 0, :, 31]  # of 33 weights
+    np.testing.assert_allclose(kept[:31], 0.0)
+    np.testing.assert_allclose(kept.mean(), 0.0, atol=1e-6)
+    deviation = float(jnp.std(conv.kernel[...][0, 0, :, 31]))
+    assert deviation == pytest.approx(np.sqrt(2 / 32 / (1 - 1 / np.pi)), rel=0.4)
 
 
 def test_a_preferred_type_is_that_of_the_result():

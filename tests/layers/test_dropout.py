@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mimicnorm_jax.layers import Dropout
 
@@ -18,6 +19,13 @@ def test_the_mean_is_kept_and_the_rate_is_met():
     y = Dropout(0.25)(jnp.ones((64, 1000)), jax.random.split(jax.random.key(0), 64))
     assert jnp.mean(y == 0) == pytest.approx(0.25, abs=0.01)
     assert jnp.mean(y) == pytest.approx(1.0, abs=0.02)
+
+
+def test_a_view_evaluates():
+    layer = Dropout(0.5)
+    x = jnp.ones((2, 8))
+    np.testing.assert_array_equal(nnx.view(layer, deterministic=True)(x, None), x)
+    assert not layer.deterministic
 
 
 def test_two_layers_drop_different_values():
