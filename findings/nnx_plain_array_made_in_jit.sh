@@ -39,9 +39,8 @@ def make():
 
 
 def make_with_variable():
-    conv = nnx.Conv(4, 4, (1, 1), rngs=nnx.Rngs(0))
-    conv.mask = nnx.Variable(jnp.tril(jnp.ones((4, 4)))[None, None])
-    return conv
+    mask = nnx.Variable(jnp.tril(jnp.ones((4, 4)))[None, None])
+    return nnx.Conv(4, 4, (1, 1), mask=mask, rngs=nnx.Rngs(0))
 
 
 def names(state):

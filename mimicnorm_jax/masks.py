@@ -8,13 +8,16 @@ Haiku; and a scan, ``vmap`` or stack of layers adds axes before them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen
 
+from mimicnorm_jax.convert.trace import Arguments
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers.convolution_arguments import phases
 from mimicnorm_jax.layers.kernel import Centering
@@ -34,6 +37,7 @@ class Kernel:
         the fewest.
       depthwise: whether each output channel sees one input channel.
       centering: which weights its mean is taken over.
+      masked: whether its layer multiplies it by a mask.
     """
 
     path: Path
@@ -43,6 +47,7 @@ class Kernel:
     fan_in: int
     depthwise: bool
     centering: Centering
+    masked: bool = False
 
 
 Choose = Callable[[Kernel], bool]
@@ -61,6 +66,7 @@ def _kernel(
     out: int = -1,
     into: int = -2,
     depthwise: bool = False,
+    masked: bool = False,
     steps: Any = 1,
     dilation: Any = 1,
 ) -> Kernel:
@@ -71,20 +77,24 @@ def _kernel(
     weights = tuple(axis for axis in axes if axis != out)
     centering = Centering(weights, phases(window, *each))
     fan_in = int(centering.fan_in(tuple(shape)).min())
-    return Kernel(path, kind, tuple(shape), len(window), fan_in, depthwise, centering)
+    return Kernel(path, kind, tuple(shape), len(window), fan_in, depthwise, centering, masked)
 
 
-def _mask(found: dict[Path, Kernel], shapes: dict[Path, tuple[int, ...]], choose: Choose) -> Any:
+def _mask(
+    found: dict[Path, Kernel], params: dict[Path, Any], choose: Choose, stack_axis: int
+) -> WeightMeanMask:
     chosen = {}
     for path, kernel in found.items():
         if not choose(kernel):
             continue
+        if kernel.masked:
+            raise UserError(f"{'/'.join(path)}: a kernel with a mask has no projected weight mean")
         if kernel.fan_in < 2:
             raise UserError(
                 f"{'/'.join(path)} has outputs with a fan-in of {kernel.fan_in}: centring leaves "
                 "nothing of a single weight; choose= must leave it out"
             )
-        chosen[path] = of_stack(kernel.centering, kernel.shape, shapes[path])
+        chosen[path] = of_stack(kernel.centering, kernel.shape, params[path], stack_axis=stack_axis)
     if not chosen:
         raise UserError(
             "no kernel is chosen; the network has "
@@ -93,20 +103,27 @@ def _mask(found: dict[Path, Kernel], shapes: dict[Path, tuple[int, ...]], choose
     return WeightMeanMask(chosen)
 
 
-def _shapes(params: Any) -> dict[Path, tuple[int, ...]]:
-    return {
-        path_of(path): tuple(np.shape(leaf))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(linen.meta.unbox(params))
-    }
+def _by_path(params: Any) -> dict[Path, Any]:
+    entries = jax.tree_util.tree_leaves_with_path(linen.meta.unbox(params))
+    return {path_of(path): leaf for path, leaf in entries}
 
 
-def _refuse_mask(path: Path, mask: Any) -> None:
-    if mask is not None:
-        raise UserError(f"{'/'.join(path)}: a kernel with a mask has no projected weight mean")
+def _initialized(init: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The shapes of what ``init`` makes; what is no array, such as a flag, stays what it is."""
+    given = Arguments(args, kwargs)
+
+    def call(key: jax.Array, arrays: list[Any]) -> Any:
+        return given.call(functools.partial(init, key), arrays)
+
+    return jax.eval_shape(call, jax.random.key(0), given.arrays)
 
 
 def linen_mask(
-    module: linen.Module, *args: Any, choose: Choose = convolutions, **kwargs: Any
+    module: linen.Module,
+    *args: Any,
+    choose: Choose = convolutions,
+    stack_axis: int = 0,
+    **kwargs: Any,
 ) -> WeightMeanMask:
     """The mask of a ``flax.linen`` network's ``variables["params"]``.
 
@@ -122,6 +139,8 @@ def linen_mask(
       *args, **kwargs: what ``init`` takes behind the key; shapes are enough
         (``jax.ShapeDtypeStruct``).
       choose: is given each ``Kernel``, and says whether it is centred.
+      stack_axis: which axis of a stacked kernel numbers the layers, where its shape leaves that
+        open: where the stack is as long as the window, such as 3 layers of 3x3.
 
     Raises:
       UserError: no kernel is chosen, or one with a fan-in of 1 or a mask.
@@ -144,17 +163,13 @@ def linen_mask(
         elif isinstance(layer, linen.Conv):
             options = {"steps": layer.input_dilation, "dilation": layer.kernel_dilation}
             options["depthwise"] = layer.feature_group_count > 1 and shape[-2] == 1
-        kernel = _kernel(path, type(layer).__name__, shape, **options)
-        if choose(kernel):
-            _refuse_mask(path, getattr(layer, "mask", None))
-        found[path] = kernel
+        masked = getattr(layer, "mask", None) is not None
+        found[path] = _kernel(path, type(layer).__name__, shape, masked=masked, **options)
         return result
 
     with linen.intercept_methods(watch):
-        variables = jax.eval_shape(
-            lambda key, *args: module.init(key, *args, **kwargs), jax.random.key(0), *args
-        )
-    return _mask(found, _shapes(variables.get("params", {})), choose)
+        variables = _initialized(module.init, args, kwargs)
+    return _mask(found, _by_path(variables.get("params", {})), choose, stack_axis)
 
 
 def haiku_mask(
@@ -165,7 +180,7 @@ def haiku_mask(
     Args:
       transformed: what ``haiku.transform`` or ``transform_with_state`` returned; its
         convolutions, also transposed ones, and ``Linear`` are found, also in
-        ``haiku.layer_stack``.
+        ``haiku.layer_stack`` and ``haiku.lift``.
       *args, **kwargs, choose: as for ``linen_mask``.
 
     Raises:
@@ -173,64 +188,75 @@ def haiku_mask(
     """
     import haiku
 
-    seen: list[tuple[str, Kernel]] = []
-    depthwise = (haiku.DepthwiseConv1D, haiku.DepthwiseConv2D, haiku.DepthwiseConv3D)
-    kinds = (haiku.ConvND, haiku.ConvNDTranspose, haiku.Linear, *depthwise)
+    seen: list[tuple[list[str], Kernel]] = []
+    lifted: list[str] = []  # what the layers that are called now are lifted into
 
     def watch(proceed: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        result = proceed(*args, **kwargs)
         layer = context.module
-        if context.method_name != "__call__" or not isinstance(layer, kinds):
-            return result
-        place = (layer.module_name, "w")
-        shape = layer.params_dict()["/".join(place)].shape
-        options: dict[str, Any] = {}
-        if isinstance(layer, haiku.ConvNDTranspose):
-            options = {"out": -2, "into": -1, "steps": layer.stride}
-        elif not isinstance(layer, haiku.Linear):
-            groups = getattr(layer, "feature_group_count", 2)
-            options["depthwise"] = groups > 1 and shape[-2] == 1
-        kernel = _kernel(place, type(layer).__name__, shape, **options)
-        if choose(kernel):
-            _refuse_mask(place, getattr(layer, "mask", None))
-        seen.append((layer.module_name, kernel))
+        if context.method_name != "__call__":
+            return proceed(*args, **kwargs)
+        if type(layer).__name__ == "LiftingModule":
+            lifted.append(layer.module_name)
+            try:
+                return proceed(*args, **kwargs)
+            finally:
+                lifted.pop()
+        result = proceed(*args, **kwargs)
+        # a layer that was lifted is called again, without its prefix, when it is applied
+        if haiku.running_init() and (kernel := _of_haiku(haiku, layer)) is not None:
+            seen.append((list(lifted), kernel))
         return result
 
     with haiku.intercept_methods(watch):
-        made = jax.eval_shape(
-            lambda key, *args: transformed.init(key, *args, **kwargs), jax.random.key(0), *args
-        )
-    params = made[0] if isinstance(made, tuple) else made
-    shapes = _shapes(params)
-    found = {}
-    for path, shape in shapes.items():
-        if path[-1] == "w" and (kernel := _owner(path, shape, seen)) is not None:
-            found[path] = dataclasses.replace(kernel, path=path)
-    return _mask(found, shapes, choose)
+        made = _initialized(transformed.init, args, kwargs)
+    params = _by_path(made[0] if isinstance(made, tuple) else made)
+    found: dict[Path, Kernel] = {}
+    for prefix, kernel in seen:
+        path = _place(prefix, kernel.path[0], params)
+        found[path] = dataclasses.replace(kernel, path=path)
+    return _mask(found, params, choose, 0)
 
 
-def _owner(path: Path, shape: tuple[int, ...], seen: list[tuple[str, Kernel]]) -> Kernel | None:
-    """The layer whose parameter it is; in a ``layer_stack`` layers have the end of its name."""
-    fitting: dict[str, Kernel] = {}
-    for name, kernel in seen:
-        is_own = path[0] == name and shape == kernel.shape
-        in_stack = path[0].endswith("/" + name) and len(shape) > len(kernel.shape)
-        if is_own or in_stack:
-            try:
-                of_stack(kernel.centering, kernel.shape, shape)
-            except ValueError:
-                continue
-            fitting[name] = kernel
-    return fitting[max(fitting, key=len)] if fitting else None
+def _of_haiku(haiku: Any, layer: Any) -> Kernel | None:
+    depthwise = (haiku.DepthwiseConv1D, haiku.DepthwiseConv2D, haiku.DepthwiseConv3D)
+    kinds = (haiku.ConvND, haiku.ConvNDTranspose, haiku.Linear, *depthwise)
+    if not isinstance(layer, kinds):
+        return None
+    place = (layer.module_name, "w")
+    shape = layer.params_dict()["/".join(place)].shape
+    options: dict[str, Any] = {}
+    if isinstance(layer, haiku.ConvNDTranspose):
+        options = {"out": -2, "into": -1, "steps": layer.stride}
+    elif not isinstance(layer, haiku.Linear):
+        groups = getattr(layer, "feature_group_count", 2)
+        options["depthwise"] = groups > 1 and shape[-2] == 1
+        options["dilation"] = getattr(layer, "rate", 1)
+    masked = getattr(layer, "mask", None) is not None
+    return _kernel(place, type(layer).__name__, shape, masked=masked, **options)
 
 
-def equinox_mask(model: Any, *, choose: Choose = convolutions) -> WeightMeanMask:
+def _place(lifted: Sequence[str], name: str, params: Mapping[Path, Any]) -> Path:
+    """Where the kernel of a layer is; a transparent lift adds no name of its own."""
+    for kept in itertools.product((True, False), repeat=len(lifted)):
+        parts = [
+            part if is_kept else part.rpartition("/")[0]
+            for part, is_kept in zip(lifted, kept, strict=True)
+        ]
+        path = ("/".join([*filter(None, parts), name]), "w")
+        if path in params:
+            return path
+    raise UserError(f"the parameters have no kernel of {'/'.join([*lifted, name])}")
+
+
+def equinox_mask(
+    model: Any, *, choose: Choose = convolutions, stack_axis: int = 0
+) -> WeightMeanMask:
     """The mask of an Equinox model, or of ``equinox.filter`` of it; needs ``equinox``.
 
     Args:
       model: its ``Conv``, ``ConvTranspose`` and ``Linear`` are found at any depth, also where
         ``equinox.filter_vmap`` stacked them, each kernel of a stack by itself.
-      choose: as for ``linen_mask``.
+      choose, stack_axis: as for ``linen_mask``.
 
     Raises:
       UserError: as ``linen_mask``.
@@ -240,12 +266,12 @@ def equinox_mask(model: Any, *, choose: Choose = convolutions) -> WeightMeanMask
     kinds = (equinox.nn.Conv, equinox.nn.ConvTranspose, equinox.nn.Linear)
     entries = jax.tree_util.tree_leaves_with_path(model, is_leaf=lambda x: isinstance(x, kinds))
     found: dict[Path, Kernel] = {}
-    shapes: dict[Path, tuple[int, ...]] = {}
+    weights: dict[Path, Any] = {}
     for place, layer in entries:
         if not isinstance(layer, kinds) or layer.weight is None:
             continue
         path = (*path_of(place), "weight")
-        shapes[path] = tuple(layer.weight.shape)
+        weights[path] = jax.ShapeDtypeStruct(layer.weight.shape, layer.weight.dtype)
         kind = type(layer).__name__
         if isinstance(layer, equinox.nn.Linear):
             sizes = [1 if n == "scalar" else n for n in (layer.out_features, layer.in_features)]
@@ -259,4 +285,4 @@ def equinox_mask(model: Any, *, choose: Choose = convolutions) -> WeightMeanMask
         options |= {"out": -len(shape), "into": 1 - len(shape)}
         options["depthwise"] = layer.groups > 1 and into == 1
         found[path] = _kernel(path, kind, shape, **options)
-    return _mask(found, shapes, choose)
+    return _mask(found, weights, choose, stack_axis)

@@ -51,11 +51,19 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any], *, call: Call | None 
     """
     if not isinstance(model, nnx.Module):
         raise UserError(f"recalibrate takes an nnx.Module, got {type(model).__name__}")
+    if isinstance(batches, np.ndarray | jax.Array):
+        raise UserError("recalibrate takes a list of batches: give [images] for a single one")
     originals: dict[Any, Any] = dict(nnx.iter_modules(model))
     last = [path for path, module in originals.items() if isinstance(module, LastBN)]
     others = [path for path, m in originals.items() if isinstance(m, _BATCH_NORMS)]
     if not last and not others:
         raise UserError("the network has no LastBN and no BatchNorm to recalibrate")
+    for path in (*last, *others):
+        if originals[path].mean[...].ndim != 1:
+            raise UserError(
+                f"{_name(path)} is a stack of norms (nnx.vmap, nnx.scan), which recalibrate does "
+                "not understand"
+            )
     if last and others and iter(batches) is batches:
         raise UserError(
             "a network with BatchNorms and a last BN needs two passes over the batches: give a "
@@ -63,9 +71,14 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any], *, call: Call | None 
         )
     for paths, evaluates in ((others, False), (last, True)):
         if paths:
-            found = _moments(model, paths, batches, call or _call, evaluates=evaluates)
+            trains = [] if evaluates else others
+            found = _moments(model, paths, batches, call or _call, trains)
             for path, moments in found.items():
-                moments.store(originals[path], "/".join(map(str, path)) or "the norm")
+                moments.store(originals[path], _name(path))
+
+
+def _name(path: Any) -> str:
+    return "/".join(map(str, path)) or "the norm"
 
 
 class _Moments(NamedTuple):
@@ -123,12 +136,12 @@ def _record(norm: Any, x: jax.Array, axes: tuple[int, ...], mask: Any = None) ->
 
 
 class _RecordingLastBN(LastBN):
-    def statistics(self, logits: Any, *args: Any, mask: Any = None) -> Any:
+    def statistics(self, logits: Any, *_: Any, mask: Any = None) -> Any:
         kept = None if mask is None else jnp.asarray(mask).reshape(
             jnp.shape(mask) + (1,) * (logits.ndim - jnp.ndim(mask))
         )  # fmt: skip
         _record(self, logits, tuple(range(logits.ndim - 1)), kept)
-        return super().statistics(logits, *args, mask=mask)
+        return super().statistics(logits, mask=mask)
 
 
 class _RecordingShiftedBatchNorm(ShiftedBatchNorm):
@@ -138,10 +151,11 @@ class _RecordingShiftedBatchNorm(ShiftedBatchNorm):
 
 
 class _RecordingBatchNorm(nnx.BatchNorm):
-    def __call__(self, x: Any, *args: Any, mask: Any = None, **kwargs: Any) -> Any:
+    def __call__(self, x: Any, *_: Any, mask: Any = None, **__: Any) -> Any:
+        # Whether it evaluates is not the caller's to say here.
         features = {axis % x.ndim for axis in np.atleast_1d(self.axis).tolist()}
         _record(self, x, tuple(axis for axis in range(x.ndim) if axis not in features), mask)
-        return super().__call__(x, *args, mask=mask, **kwargs)
+        return super().__call__(x, mask=mask)
 
 
 _RECORDING = {
@@ -166,11 +180,11 @@ def _call(model: Any, batch: Any) -> Any:
             f"a batch with names ({', '.join(map(str, batch))}) needs call=, such as "
             "lambda model, batch: model(batch['image'])"
         )
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
 
 
 def _moments(
-    model: nnx.Module, paths: list[Any], batches: Iterable[Any], call: Call, *, evaluates: bool
+    model: nnx.Module, paths: list[Any], batches: Iterable[Any], call: Call, trains: list[Any]
 ) -> dict[Any, _Moments]:
     """What some norms are given, over all batches; float64.
 
@@ -178,18 +192,19 @@ def _moments(
       model: the network.
       paths: of the norms.
       batches, call: of ``recalibrate``.
-      evaluates: whether these norms normalize by their running statistics meanwhile.
+      trains: the norms that normalize by the statistics of each batch meanwhile.
     """
     copy = copied(model)
     copy.eval()
-    modules: dict[Any, Any] = dict(nnx.iter_modules(copy))
-    for path in paths:
-        norm = modules[path]
+    for path, module in nnx.iter_modules(copy):
+        if not isinstance(module, LastBN | nnx.BatchNorm | ShiftedBatchNorm):
+            continue
+        norm: Any = module
         kind: Any = type(norm)
         object.__setattr__(norm, "__class__", _recording(kind))
         zeros = jnp.zeros(norm.mean.shape, jnp.promote_types(norm.mean.dtype, jnp.float32))
         norm.record = _Record((zeros.sum(), zeros, zeros))
-        norm.use_running_average, norm.axis_name = evaluates, None
+        norm.use_running_average, norm.axis_name = path not in trains, None
     graph, state = nnx.split(copy)
 
     @functools.partial(jax.jit, static_argnums=0)

@@ -132,6 +132,54 @@ def test_haiku(float64):
     )
 
 
+def test_layers_of_haiku_are_told_apart_by_what_they_are_lifted_into():
+    haiku = pytest.importorskip("haiku", reason="haiku is missing: pip install dm-haiku")
+    inner = haiku.transform(lambda x: haiku.Conv2D(4, 3, name="conv")(x))
+
+    class Lifting(haiku.Module):
+        def __call__(self, x):
+            key = haiku.maybe_next_rng_key()
+            return inner.apply(haiku.transparent_lift(inner.init)(key, x), None, x)
+
+    def network(x, flag):
+        assert flag is True
+        x = haiku.Conv2DTranspose(4, 3, stride=2, name="conv")(x)
+        x = haiku.layer_stack(3, name="a")(lambda x: haiku.Conv2D(4, 3, name="conv")(x))(x)
+        x = haiku.layer_stack(3, name="b")(lambda x: haiku.Conv2DTranspose(4, 3, name="conv")(x))(x)
+        x = inner.apply(haiku.lift(inner.init, name="c")(haiku.maybe_next_rng_key(), x), None, x)
+        return Lifting(name="d")(x)
+
+    mask = haiku_mask(haiku.transform(network), jax.ShapeDtypeStruct((1, 4, 4, 4), float), True)
+    axes = {path[0]: (c.axes, len(c.phases)) for path, c in mask.centerings.items()}
+    of_conv, of_transposed = (-4, -3, -2), (-4, -3, -1)
+    assert axes == {
+        "conv": (of_transposed, 2),
+        "a/conv": (of_conv, 0),
+        "b/conv": (of_transposed, 0),
+        "c/conv": (of_conv, 0),
+        "d/conv": (of_conv, 0),
+    }
+
+
+class Flagged(linen.Module):
+    @linen.compact
+    def __call__(self, x, train, *, scale):
+        assert train is True
+        scan = linen.scan(
+            Scanned, variable_axes={"params": 1}, split_rngs={"params": True}, length=3
+        )
+        return scan(name="scanned")(linen.Dense(8)(x * scale), None)[0]
+
+
+def test_flags_are_no_arrays_and_an_open_stack_axis_is_what_one_says(float64):
+    x = jax.ShapeDtypeStruct((1, 4, 4, 4), jnp.float32)
+    scale = jax.ShapeDtypeStruct((), jnp.float32)
+    for axis in (0, 1):
+        mask = linen_mask(Flagged(), x, True, scale=scale, stack_axis=axis)
+        (centering,) = mask.centerings.values()
+        assert centering.axes == ((-5, -3, -2) if axis == 1 else (-4, -3, -2))
+
+
 def test_equinox(float64):
     equinox = pytest.importorskip("equinox", reason="equinox is missing: pip install equinox")
 

@@ -83,6 +83,33 @@ def test_of_two_batch_norms_the_second_sees_what_it_sees_in_training():
     np.testing.assert_allclose(model.norms[1].var[...], 1.0, rtol=1e-4)
 
 
+class Told(nnx.Module):
+    """It says at the call whether its norms evaluate, as is usual in Flax."""
+
+    def __init__(self, rngs):
+        self.first, self.second = (nnx.BatchNorm(3, rngs=rngs) for _ in range(2))
+        self.linear = nnx.Linear(3, 3, rngs=rngs)
+        self.last = LastBN(3)
+
+    def __call__(self, x, train):
+        x = self.linear(self.first(x, use_running_average=not train))
+        x = self.second(x, not train)
+        return self.last(x, not train)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_what_the_network_says_at_the_call_does_not_matter(train):
+    x = IMAGES[:, 0, 0]
+    model = Told(nnx.Rngs(0))
+    recalibrate(model, [[x, train]])
+    first = (x - x.mean(0)) / np.sqrt(x.var(0) + 1e-5)
+    given = np.asarray(model.linear(first), np.float64)
+    np.testing.assert_allclose(model.second.var[...], given.var(0), rtol=1e-3)
+    y = model(x, False)
+    np.testing.assert_allclose(y.mean(0), 0.0, atol=1e-4)
+    np.testing.assert_allclose(y.var(0, ddof=1), 1.0, rtol=1e-2)
+
+
 class Masked(nnx.Module):
     def __init__(self):
         self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
@@ -143,6 +170,9 @@ def test_a_built_in_network_is_better_after_it_than_after_its_first_step():
         (lambda: Body(nnx.BatchNorm(4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)), iter([IMAGES]),
          "needs two passes.*a list"),
         (lambda: jnp.sum, [IMAGES], "takes an nnx.Module"),
+        (lambda: LastBN(3), IMAGES, r"a list of batches: give \[images\]"),
+        (lambda: nnx.vmap(lambda _: LastBN(3), in_axes=0)(jnp.arange(2)), [IMAGES],
+         "the norm is a stack of norms"),
     ],
 )  # fmt: skip
 def test_what_is_refused_is_said(model, batches, message):

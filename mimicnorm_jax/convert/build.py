@@ -139,7 +139,7 @@ def _of_kind(old: Any, layer: Layer, use_bias: bool) -> Any:
         kind = WeightMeanDense if layer.centered else ScaledDense
         return kind(old.in_features, old.out_features, scale=scale, **shared)
     if isinstance(old, ScaledConv):
-        shared["codec"] = old.codec
+        shared |= {"codec": old.codec, "differentiable": old.differentiable}
     return (WeightMeanConv if layer.centered else ScaledConv)(
         old.in_features,
         old.out_features,

@@ -9,6 +9,7 @@ from flax import nnx
 
 from mimicnorm_jax.convert.lean import undo_lean
 from mimicnorm_jax.convert.substitute import copied
+from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers import ScaledConv
 from mimicnorm_jax.layers.batch_norm import ShiftedBatchNorm
 from mimicnorm_jax.layers.relu import Relu, relu
@@ -44,8 +45,11 @@ def twice_differentiable(network: _Network) -> _Network:
       A copy with the same arrays and the same outputs.
 
     Raises:
-      ValueError: activations are stored in codes, which have no second derivative.
+      ValueError: activations are stored in codes, which have no second derivative; or what is no
+        ``nnx.Module``.
     """
+    if not isinstance(network, nnx.Module):
+        raise UserError(f"twice_differentiable takes an nnx.Module, got {type(network).__name__}")
     copy: Any = copied(network)
     undo_lean(copy)
     for _, module in nnx.iter_modules(copy):
@@ -63,7 +67,18 @@ def use_plain_functions(network: nnx.Module) -> None:
     """Puts JAX's own ReLU and max-pool in the place of those with derivatives of their own."""
     for _, module in nnx.iter_modules(network):
         for attribute, value in list(vars(module).items()):
-            if value is relu or isinstance(value, Relu):
-                setattr(module, attribute, jax.nn.relu)
-            elif isinstance(value, Window):
-                setattr(module, attribute, value._replace(plain=True))
+            if (plain := _plain(value)) is not value:
+                setattr(module, attribute, plain)
+
+
+def _plain(value: Any) -> Any:
+    """What stands for an attribute; for most the attribute itself."""
+    if value is relu or isinstance(value, Relu):
+        return jax.nn.relu
+    if isinstance(value, Window):
+        return value._replace(plain=True)
+    if type(value) in (tuple, list):
+        parts = [_plain(part) for part in value]
+        if any(new is not old for new, old in zip(parts, value, strict=True)):
+            return type(value)(parts)
+    return value

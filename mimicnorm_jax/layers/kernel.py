@@ -28,7 +28,7 @@ def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def center_kernel(kernel: jax.Array, axes: Sequence[int] | None = None) -> jax.Array:
+def center_kernel(kernel: jax.Array, axes: int | Sequence[int] | None = None) -> jax.Array:
     """Subtracts from every output channel the mean of its weights (Section 4).
 
     Args:
@@ -47,7 +47,8 @@ def center_kernel(kernel: jax.Array, axes: Sequence[int] | None = None) -> jax.A
     """
     if kernel.ndim < 2:
         raise ValueError(f"a kernel has at least 2 axes (..., out), got shape {kernel.shape}")
-    chosen = tuple(range(kernel.ndim - 1)) if axes is None else tuple(axes)
+    given = (axes,) if isinstance(axes, int) else axes
+    chosen = tuple(range(kernel.ndim - 1)) if given is None else tuple(given)
     if not chosen or any(not -kernel.ndim <= axis < kernel.ndim for axis in chosen):
         raise ValueError(f"a kernel of shape {kernel.shape} has no axes {chosen}")
     return Centering(chosen)(kernel)

@@ -50,8 +50,6 @@ def _masked_moments(
         return local if axis_name is None else lax.psum(local, axis_name)
 
     count = total(kept.astype(x.dtype))[0]
-    if not isinstance(count, jax.core.Tracer):
-        _check_count(int(count))
     divisor = jnp.maximum(count, 1)
     mean = total(jnp.where(kept, x, 0)) / divisor
     centred = jnp.where(kept, x - _per_class(mean, x.ndim), 0)
@@ -79,9 +77,10 @@ def _checked_mask(mask: Any, x: jax.Array) -> jax.Array | None:
         n in (1, m) for n, m in zip(wide.shape, x.shape[:-1], strict=True)
     )
     if not fits or (given.ndim < 1 < x.ndim):
+        allowed = " or ".join(dict.fromkeys((str(x.shape[:1]), str(x.shape[:-1]))))
         raise ValueError(
-            f"the mask of logits {x.shape} has one entry an example: shape {x.shape[:1]}, or "
-            f"{x.shape[:-1]}; got {jnp.shape(mask)}"
+            f"the mask of logits {x.shape} says of examples, not of classes, which count: its "
+            f"shape is {allowed}, got {jnp.shape(mask)}"
         )
     return jnp.broadcast_to(wide.astype(bool), x.shape[:-1])
 
@@ -134,7 +133,8 @@ class LastBN(nnx.Module):
       epsilon: added to the variance.
       axis_name: mapped axis (``shard_map``, ``pmap``, ``vmap``) over whose members the
         statistics are averaged, so that they are those of the global batch.
-      param_dtype: type of the running averages.
+      param_dtype: type of the running averages, if it is wider than float32, in which they are
+        kept else.
 
     Attributes:
       mean, var: the running averages ``(C,)``.
@@ -152,8 +152,9 @@ class LastBN(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
     ):
         self.num_features = num_features
-        self.mean = nnx.BatchStat(jnp.zeros((num_features,), param_dtype))
-        self.var = nnx.BatchStat(jnp.ones((num_features,), param_dtype))
+        wide = at_least_float32(param_dtype)
+        self.mean = nnx.BatchStat(jnp.zeros((num_features,), wide))
+        self.var = nnx.BatchStat(jnp.ones((num_features,), wide))
         self.use_running_average = use_running_average
         self.momentum = momentum
         self.epsilon = epsilon
@@ -178,8 +179,8 @@ class LastBN(nnx.Module):
           logits: ``(B, ..., C)``; in evaluation also ``(C,)``.
           use_running_average: as of the layer, whose own it overrides; None: the layer's.
           mask: True for what counts in the statistics, such as examples that are not padding:
-            ``(B,)`` or ``(B, ...)``. What does not is normalized too. Where fewer than 2 are
-            left the running averages stay.
+            ``(B,)`` or ``(B, ...)``. What does not is normalized too; what is not finite there
+            counts as 0. Where fewer than 2 are left the running averages stay.
 
         Returns:
           The normalized logits, in at least float32.
@@ -191,6 +192,9 @@ class LastBN(nnx.Module):
         logits = logits.astype(at_least_float32(logits.dtype))
         if self.pass_through:
             return logits
+        kept = _checked_mask(mask, logits) if logits.ndim > 1 else mask
+        if kept is not None:  # so that the gradient of the others does not meet it
+            logits = jnp.where(kept[..., None] | jnp.isfinite(logits), logits, 0)
         statistics = self.statistics(logits, use_running_average, mask=mask)
         return normalize(logits, *statistics, self.epsilon)
 
@@ -272,6 +276,7 @@ def last_bn_cross_entropy(
     chosen = _checked_mask(mask, logits)
     if chosen is not None:  # so that no gradient meets what padding may hold
         logits = jnp.where(chosen[..., None], logits, 0)
+        labels = jnp.where(chosen, labels, jnp.zeros_like(labels))
     mean, var, _ = _batch_moments(logits, axis_name, chosen)
     losses = cross_entropy(normalize(logits, mean, var, epsilon), labels, label_smoothing)
     return losses if chosen is None else jnp.where(chosen, losses, 0), mean, var

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -9,10 +10,10 @@ from typing import Any
 
 import jax
 import optax
-from flax import nnx
+from flax import linen, nnx
 
 from mimicnorm_jax.layers.kernel import Centering, Phase, center_kernel
-from mimicnorm_jax.layers.scaled import ScaledKernel
+from mimicnorm_jax.layers.scaled import ScaledKernel, has_drifted, is_there
 
 Path = tuple[str, ...]
 
@@ -61,6 +62,12 @@ class WeightMeanMask:
         """
         return self._map(lambda leaf, centering: centering(leaf) if centering else leaf, params)
 
+    def within(self, params: Any) -> WeightMeanMask:
+        """The mask of those of the kernels that ``params`` has, where only a part is trained."""
+        entries = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_left_out)
+        present = {path_of(path) for path, _ in entries}
+        return WeightMeanMask({p: c for p, c in self.centerings.items() if p in present})
+
     def _map(self, f: Callable[[Any, Centering | None], Any], tree: Any) -> Any:
         entries, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_left_out)
         paths = [path_of(path) for path, _ in entries]
@@ -68,7 +75,8 @@ class WeightMeanMask:
         if missing:
             raise ValueError(
                 f"the mask's kernel {'/'.join(min(missing))} is not among the parameters, which "
-                f"are named like {'/'.join(paths[0]) if paths else '(none)'}"
+                f"are named like {'/'.join(paths[0]) if paths else '(none)'}; for a part of them "
+                "take mask.within(params)"
             )
         leaves = [
             leaf if _is_left_out(leaf) else f(leaf, self.centerings.get(path))
@@ -84,16 +92,16 @@ def _is_left_out(leaf: Any) -> bool:
 
 def path_of(path: tuple[Any, ...]) -> Path:
     """Names on the way to a leaf; the ``value`` of an ``nnx.Variable`` is none."""
-    keys = [
-        next(getattr(key, name) for name in ("key", "name", "idx") if hasattr(key, name))
-        for key in path
-    ]
-    is_value = keys and keys[-1] == "value" and hasattr(path[-1], "name")
+    keys: list[Any] = []
+    for entry in path:
+        key = next(getattr(entry, name) for name in ("key", "name", "idx") if hasattr(entry, name))
+        keys += key if isinstance(key, tuple) else (key,)  # of a flat state
+    is_value = bool(keys) and keys[-1] == "value" and hasattr(path[-1], "name")
     return tuple(str(key) for key in (keys[:-1] if is_value else keys))
 
 
 def project_weight_mean(
-    mask: Any, *, axes: Sequence[int] | None = None
+    mask: Any, *, axes: int | Sequence[int] | None = None
 ) -> optax.GradientTransformation:
     """Keeps kernels centred: the projected form of weight mean (Appendix C).
 
@@ -120,32 +128,25 @@ def project_weight_mean(
       The transform; it has no state. Where nothing is chosen it warns, at once or in ``init``.
 
     Raises:
-      ValueError: here: ``axes`` for what knows them. In ``init`` or ``update``: no parameters
-        given, a mask that does not fit them, or a chosen parameter with fewer than 2 axes.
+      ValueError: here: ``axes`` for what knows them, or a network of Linen or Equinox in the place
+        of its mask. In ``init`` or ``update``: no parameters given, a mask that does not fit
+        them, or a chosen parameter with fewer than 2 axes.
     """
     if isinstance(mask, nnx.Module):
         mask = weight_mean_mask(mask)
     if isinstance(mask, WeightMeanMask):
         if axes is not None:
             raise ValueError("axes are for trees of booleans: this mask has those of its layers")
+        center = mask.center
         if not mask:
             _warn_of_nothing(3)
-
-    def centered(params: Any) -> Any:
-        if isinstance(mask, WeightMeanMask):
-            return mask.center(params)
-        chosen = _pure(mask(params) if callable(mask) else mask)
-        kernels = jax.tree.map(
-            lambda centre, w: center_kernel(w, axes) if centre else w, chosen, _pure(params)
-        )
-        # A pure dictionary and the state it was made of have the same leaves in one order.
-        return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(kernels))
+    else:
+        _refuse_networks(mask)
+        center = functools.partial(_center_chosen, mask, axes)
 
     def init(params: Any) -> optax.EmptyState:
-        if not isinstance(mask, WeightMeanMask):
-            chosen = mask(params) if callable(mask) else mask
-            if not any(jax.tree.leaves(chosen)):
-                _warn_of_nothing(4)
+        if not isinstance(mask, WeightMeanMask) and not any(jax.tree.leaves(_tree(mask, params))):
+            _warn_of_nothing(4)
         return optax.EmptyState()
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, Any]:
@@ -154,7 +155,7 @@ def project_weight_mean(
         moved = jax.tree.map(lambda w, u: w + u, params, updates)
         projected = jax.tree.map(
             lambda new, whole, w, u: u if new is whole else new - w,
-            centered(moved),
+            center(moved),
             moved,
             params,
             updates,
@@ -162,6 +163,31 @@ def project_weight_mean(
         return projected, state
 
     return optax.GradientTransformation(init, update)
+
+
+def _tree(mask: Any, params: Any) -> Any:
+    """Booleans for the parameters, or for parts of them, as a pure dictionary."""
+    return _pure(mask(params) if callable(mask) else mask)
+
+
+def _center_chosen(mask: Any, axes: int | Sequence[int] | None, params: Any) -> Any:
+    def center(w: Any) -> Any:
+        return center_kernel(w, axes)
+
+    centered = jax.tree.map(
+        lambda chosen, part: jax.tree.map(center, part) if chosen else part,
+        _tree(mask, params),
+        _pure(params),
+    )
+    # A pure dictionary and the state it was made of have the same leaves in one order.
+    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(centered))
+
+
+def _refuse_networks(mask: Any) -> None:
+    if isinstance(mask, linen.Module):
+        raise ValueError("of a network of flax.linen give linen_mask(network, images)")
+    if callable(mask) and any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(mask)):
+        raise ValueError("of an Equinox model give equinox_mask(model)")
 
 
 def _warn_of_nothing(stacklevel: int) -> None:
@@ -182,37 +208,55 @@ def weight_mean_mask(model: nnx.Module) -> WeightMeanMask:
     Args:
       model: any module; layers with ``weight_mean="projected"`` are found at any depth, also
         where ``nnx.vmap`` or ``nnx.scan`` stacked them: each of a stack is centred by itself.
+        (Where its shape leaves open which axis numbers them, the one on which they are centred
+        now does, or the first.)
 
     Returns:
       A mask of ``nnx.state(model, nnx.Param)``, or of the pure dictionary of that.
     """
-    return WeightMeanMask(
-        {
-            (*map(str, path), "kernel"): of_stack(
-                module.centering, module.kernel_shape, tuple(module.kernel.shape)
-            )
-            for path, module in nnx.iter_modules(model)
-            if isinstance(module, ScaledKernel) and module.weight_mean == "projected"
-        }
-    )
+    # of kernels that layers share a state has the first path only
+    known = {tuple(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    found: dict[Path, Centering] = {}
+    for place, module in nnx.iter_modules(model):
+        path = (*map(str, place), "kernel")
+        if not isinstance(module, ScaledKernel) or module.weight_mean != "projected":
+            continue
+        if path in known:
+            kernel = module.kernel.get_value()
+            found[path] = of_stack(module.centering, module.kernel_shape, kernel)
+    return WeightMeanMask(found)
 
 
 def of_stack(
-    centering: Centering, kernel_shape: tuple[int, ...], shape: tuple[int, ...]
+    centering: Centering, kernel_shape: tuple[int, ...], kernel: Any, *, stack_axis: int = 0
 ) -> Centering:
-    """How a stack of kernels is centred, of which each is of ``kernel_shape``.
+    """How a stack of kernels is centred.
 
-    Where the shape leaves open which axes number the kernels, the first ones do.
+    Args:
+      centering: of one kernel.
+      kernel_shape: of one kernel.
+      kernel: the stack, an array or its shape and type.
+      stack_axis: where the shape leaves open which axis numbers the kernels: that one, unless the
+        numbers show that they are centred on another.
 
     Raises:
-      ValueError: ``shape`` is no stack of ``kernel_shape``.
+      ValueError: it is no stack of ``kernel_shape``.
     """
+    shape = tuple(kernel.shape)
     extra = len(shape) - len(kernel_shape)
+    fitting: dict[Centering, bool] = {}
     for stack in itertools.combinations(range(len(shape)), max(extra, 0)):
         own = [axis - len(shape) for axis in range(len(shape)) if axis not in stack]
         if tuple(shape[axis] for axis in own) == kernel_shape:
-            return Centering(
+            one = Centering(
                 tuple(own[axis] for axis in centering.axes),
                 tuple(Phase(own[p.axis], p.step, p.dilation) for p in centering.phases),
             )
-    raise ValueError(f"a kernel of shape {shape} is no stack of kernels {kernel_shape}")
+            fitting.setdefault(one, stack_axis % len(shape) in stack)
+    if not fitting:
+        raise ValueError(f"a kernel of shape {shape} is no stack of kernels {kernel_shape}")
+    wanted = [one for one, is_named in fitting.items() if is_named] or list(fitting)
+    if len(fitting) > 1 and is_there(kernel):
+        centred = [one for one in (*wanted, *fitting) if not has_drifted(kernel, one)]
+        wanted = centred or wanted
+    return wanted[0]

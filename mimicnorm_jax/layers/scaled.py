@@ -82,7 +82,7 @@ class ScaledKernel(nnx.Module):
             )
 
     def _initializer(self, kernel_init: Initializer | None) -> Initializer:
-        """What makes the kernel: an own initializer or ``stable_normal``, centred if projected."""
+        """What makes the kernel: an own initializer, or ``stable_normal``."""
         if kernel_init is None:
             sizes = self.centering.fan_in(self.kernel_shape, self._factors)
             if not isinstance(sizes, jax.core.Tracer) and sizes.min() == sizes.max():
@@ -92,10 +92,13 @@ class ScaledKernel(nnx.Module):
                 centered=self.weight_mean is not None,
                 after_relu=self.after_relu,
             )
-        if self.weight_mean != "projected":
-            return kernel_init
-        draw = kernel_init
-        return lambda *args, **options: self.centering(draw(*args, **options))
+        return kernel_init
+
+    def _finish(self, scale: float | None, param_dtype: DTypeLike) -> None:
+        """What comes when kernel and bias are there."""
+        if self.weight_mean == "projected":
+            self.kernel.set_value(self.centering(self.kernel[...]))
+        self.scale = None if scale is None else nnx.Param(jnp.asarray(scale, param_dtype))
 
     def _create(
         self,
@@ -119,10 +122,7 @@ class ScaledKernel(nnx.Module):
             if use_bias
             else None
         )
-        self._create_scale(scale, param_dtype)
-
-    def _create_scale(self, scale: float | None, param_dtype: DTypeLike) -> None:
-        self.scale = None if scale is None else nnx.Param(jnp.asarray(scale, param_dtype))
+        self._finish(scale, param_dtype)
 
     def unscaled_kernel(self) -> jax.Array:
         """The kernel, centred where it is to be, in at least float32."""
@@ -130,7 +130,7 @@ class ScaledKernel(nnx.Module):
         kernel = kernel.astype(at_least_float32(kernel.dtype))
         if self.weight_mean == "reparameterized":
             return self.centering(kernel, self._factors)
-        if self.weight_mean == "projected":
+        if self.weight_mean == "projected" and is_there(kernel):
             _warn_of_drift(kernel, self.centering)
         return kernel if self.mask is None else kernel * self.mask[...]
 
@@ -156,16 +156,22 @@ class ScaledKernel(nnx.Module):
         return outputs + bias.astype(outputs.dtype).reshape(shape)
 
 
-def _warn_of_drift(kernel: Any, centering: Centering) -> None:
-    """Says so where an optimizer did not keep a projected kernel centred.
+def is_there(kernel: Any) -> bool:
+    """Whether the numbers of a kernel can be looked at: not inside ``jax.jit``."""
+    if isinstance(kernel, jax.core.Tracer) or not hasattr(kernel, "astype"):
+        return False
+    return bool(getattr(kernel, "is_fully_addressable", True))  # NumPy's arrays are
 
-    Only of numbers that are there: inside ``jax.jit`` there are none.
-    """
-    there = getattr(kernel, "is_fully_addressable", True)  # NumPy's arrays are
-    if isinstance(kernel, jax.core.Tracer) or not there:
-        return
+
+def has_drifted(kernel: Any, centering: Centering) -> bool:
+    """Whether a kernel that is there is not centred."""
+    kernel = jnp.asarray(kernel)
     rest = kernel - centering(kernel)
-    if float(jnp.max(jnp.abs(rest))) > _DRIFT * float(jnp.std(kernel)):
+    return float(jnp.max(jnp.abs(rest))) > _DRIFT * float(jnp.std(kernel))
+
+
+def _warn_of_drift(kernel: Any, centering: Centering) -> None:
+    if has_drifted(kernel, centering):
         warnings.warn(
             "a kernel with weight_mean='projected' is not centred: its optimizer needs "
             "project_weight_mean(model) as its last transform",
@@ -238,6 +244,8 @@ class ScaledConv(ScaledKernel):
         bias_metadata: Mapping[str, Any] = NO_METADATA,
         rngs: nnx.Rngs,
     ):
+        if feature_group_count < 1:
+            raise ValueError(f"feature_group_count must be positive, got {feature_group_count}")
         for name, features in (("in_features", in_features), ("out_features", out_features)):
             if features % feature_group_count:
                 raise ValueError(

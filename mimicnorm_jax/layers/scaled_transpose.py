@@ -88,7 +88,7 @@ class ScaledConvTranspose(ScaledKernel, nnx.ConvTranspose):  # type: ignore[misc
             kernel_metadata=kernel_metadata,
             bias_metadata=bias_metadata,
         )
-        self._create_scale(scale, param_dtype)
+        self._finish(scale, param_dtype)
 
     @property
     def centering(self) -> Centering:

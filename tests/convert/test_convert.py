@@ -240,6 +240,10 @@ def test_a_gate_that_is_written_out_scales_the_layer_it_gates():
         (conv(8, 8, padding="CIRCULAR"), "centred, bias"),
         (conv(8, 8, input_dilation=2, padding=1), "stays Conv: its input is dilated"),
         (conv(8, 8, mask=jnp.ones((3, 3, 8, 8))), "stays Conv: its kernel has a mask"),
+        (
+            lambda rngs: ScaledConv(8, 8, (3, 3), input_dilation=2, padding=1, rngs=rngs),
+            "stays ScaledConv: its input is dilated",
+        ),
         (conv(8, 8, padding="same", strides=None), "centred, bias"),
         (
             lambda rngs: nnx.Conv(8, 8, 3, rngs=rngs),  # an axis short: along rows only

@@ -7,8 +7,10 @@ import pytest
 from flax import linen, nnx
 from jax.flatten_util import ravel_pytree
 
-from mimicnorm_jax import convert, create_method, create_model, twice_differentiable
+from mimicnorm_jax import UserError, convert, create_method, create_model, twice_differentiable
 from mimicnorm_jax.layers import ScaledConv, cross_entropy
+from mimicnorm_jax.layers.relu import relu
+from mimicnorm_jax.models.pooling import Window
 
 pytestmark = pytest.mark.usefixtures("_rank_promotion_as_flax_needs_it")
 STEP = 1e-6
@@ -142,6 +144,15 @@ def test_the_whole_hessian_and_its_copy_of_the_network(float64):
     np.testing.assert_allclose(hessian, reverse, atol=1e-12)
     with pytest.raises(TypeError, match="custom_vjp"):  # what the switch is for
         jax.jvp(model, (x,), (x,))
+
+
+def test_functions_in_tuples_are_replaced_and_other_things_are_refused():
+    model = nnx.Module()
+    model.functions = (relu, Window(2, 2))
+    plain = twice_differentiable(model).functions
+    assert plain[0] is jax.nn.relu and plain[1].plain
+    with pytest.raises(UserError, match=r"takes an nnx.Module, got str"):
+        twice_differentiable("a network")
 
 
 class LinenNetwork(linen.Module):

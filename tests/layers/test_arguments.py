@@ -174,6 +174,8 @@ def test_a_convolution_is_flaxs_in_the_whole_product_of_arguments(values, float6
         ((3, 2, 2), (2, 5, 4, 4, 4), {"padding": "REFLECT", "strides": (2, 1, 1)}),
         ((3, 3), (2, 2, 2, 4), {"padding": "SAME"}),  # matrix products on CPUs
         ((1, 1), (1, 1, 2, 2, 3, 4), {"padding": "CIRCULAR"}),
+        ((2, 4), (2, 5, 6, 4), {"padding": "CIRCULAR", "strides": 2}),
+        ((2, 4), (2, 5, 6, 4), {"padding": "REFLECT", "kernel_dilation": (1, 2)}),
         ((3, 3), (0, 8, 8, 4), {}),
     ],
 )
@@ -327,6 +329,7 @@ def zeros(*args, **kwargs):
         (lambda r: WeightMeanConv(2, 4, (3, 3), padding=(1, 1, 1), rngs=r), "each of 2 axes"),
         (lambda r: WeightMeanConv(2, 4, (3, 3), (1, 2, 3), rngs=r), "strides must be positive"),
         (lambda r: WeightMeanConv(2, 4, (3, 3), input_dilation=0, rngs=r), "input_dilation must"),
+        (lambda r: ScaledConv(2, 4, 3, feature_group_count=0, rngs=r), "feature_group_count must"),
         (lambda r: ScaledConv(2, 4, (3, 3), rngs=r)(jnp.zeros((3, 2))), "2 spatial axes"),
         (lambda r: WeightMeanConvTranspose(2, 4, (3, 3), weight_mean="no", rngs=r), "weight_mean"),
     ],

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from mimicnorm_jax.layers import (
     WeightMeanConv,
@@ -124,6 +124,11 @@ def test_axes_of_a_tree_are_those_that_are_given():
     model = projected_dense()
     with pytest.raises(ValueError, match="axes are for trees"):
         project_weight_mean(model, axes=(0,))
+    with pytest.raises(ValueError, match=r"give linen_mask\(network, images\)"):
+        project_weight_mean(linen.Dense(3))
+    with pytest.raises(ValueError, match=r"give equinox_mask\(model\)"):
+        project_weight_mean(jax.tree_util.Partial(jnp.add, jnp.ones(2)))
+    np.testing.assert_allclose(center_kernel(jnp.eye(3), 1).sum(1), 0.0, atol=1e-6)
     with pytest.raises(ValueError, match="no axes"):
         center_kernel(params["oihw"], (4,))
 
@@ -222,6 +227,61 @@ def test_a_mask_of_another_model_is_an_error():
     params = nnx.state(projected_dense(), nnx.Param)
     with pytest.raises(ValueError, match=r"layers/0/kernel is not among .* like bias"):
         mask(params)
+
+
+def test_a_part_of_the_parameters_may_be_trained():
+    model = nnx.Sequential(projected_dense(), projected_dense())
+    wanted = nnx.All(nnx.Param, nnx.PathContains(1))
+    part = nnx.state(model, wanted)
+    mask = weight_mean_mask(model)
+    with pytest.raises(ValueError, match=r"take mask.within\(params\)"):
+        mask(part)
+    assert list(mask.within(part).centerings) == [("layers", "1", "kernel")]
+    transform = optax.chain(optax.sgd(0.1), project_weight_mean(mask.within(part)))
+    optimizer = nnx.Optimizer(model, transform, wrt=wanted)
+    optimizer.update(model, jax.tree.map(lambda x: x**2 + 1, part))
+    np.testing.assert_allclose(model.layers[1].kernel[...].mean(0), 0.0, atol=1e-6)
+
+
+def test_layers_may_share_a_kernel():
+    model = nnx.Sequential(projected_dense(), projected_dense())
+    model.layers[1].kernel = model.layers[0].kernel
+    assert len(weight_mean_mask(model).centerings) == 1
+    params = nnx.state(model, nnx.Param)
+    weight_mean_mask(model)(params)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_stack_as_long_as_the_window_is_known_by_its_numbers(axis):
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=(0,), out_axes=nnx.StateAxes({nnx.Param: axis, ...: None}))
+    def make(rngs):
+        return WeightMeanConv(4, 4, (3, 3), weight_mean="projected", use_bias=False, rngs=rngs)
+
+    model = make(nnx.Rngs(0))
+    assert model.kernel.shape == (3, 3, 3, 4, 4)
+    params = nnx.state(model, nnx.Param)
+    centred = weight_mean_mask(model).center(params)
+    np.testing.assert_allclose(centred["kernel"][...], params["kernel"][...], atol=1e-6)
+
+
+def test_groups_of_optax_leave_out_each_others_kernels():
+    params = {"a": {"kernel": jnp.ones((4, 2))}, "b": {"kernel": jnp.eye(4)}}
+    whole = {"a": True, "b": {"kernel": True}}  # a part of a tree stands for what is below
+    groups = {name: optax.chain(optax.sgd(0.1), project_weight_mean(whole)) for name in "ab"}
+    transform = optax.partition(groups, {"a": {"kernel": "a"}, "b": {"kernel": "b"}})
+    updates, _ = transform.update(params, transform.init(params), params)
+    new = optax.apply_updates(params, updates)
+    jax.tree.map(lambda w: np.testing.assert_allclose(w.mean(0), 0.0, atol=1e-6), new)
+
+
+def test_kernels_with_metadata_and_numpy_arrays_are_centred_and_called():
+    init = nnx.with_metadata(nnx.initializers.normal(1.0), owner="me")
+    dense = WeightMeanDense(8, 4, weight_mean="projected", kernel_init=init, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(dense.kernel[...].mean(0), 0.0, atol=1e-6)
+    assert dense.kernel.owner == "me"
+    dense.kernel.set_value(np.asarray(dense.kernel[...]))
+    assert dense(jnp.ones((2, 8))).shape == (2, 4)
 
 
 def test_a_projected_layer_without_the_transform_is_told_of():
