@@ -172,8 +172,8 @@ class Flagged(linen.Module):
 
 
 def test_flags_are_no_arrays_and_an_open_stack_axis_is_what_one_says(float64):
-    x = jax.ShapeDtypeStruct((1, 4, 4, 4), jnp.float32)
-    scale = jax.ShapeDtypeStruct((), jnp.float32)
+    x = jax.ShapeDtypeStruct((1, 4, 4, 4), jnp.float64)
+    scale = jax.ShapeDtypeStruct((), jnp.float64)
     for axis in (0, 1):
         mask = linen_mask(Flagged(), x, True, scale=scale, stack_axis=axis)
         (centering,) = mask.centerings.values()
