@@ -60,7 +60,7 @@ class Phase:
 
     Between the values of an input that is dilated (as by the strides of a transposed
     convolution) are zeros. An output meets values at every ``step``-th of the window's places
-    only, and which ones they are differs from output to output.
+    only, and which ones they are differs from output to output: its polyphase components.
 
     Attributes:
       axis: of the kernel.

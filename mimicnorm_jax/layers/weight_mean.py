@@ -6,12 +6,25 @@ Normalization" (2020), Section 4 and Appendix C.
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from typing import Any, TypeVar
 
 from mimicnorm_jax.layers.scaled import ScaledConv, ScaledDense, WeightMean
 from mimicnorm_jax.layers.scaled_transpose import ScaledConvTranspose
 
+_Layer = TypeVar("_Layer", bound=type)
 
+
+def _with_signature(layer: _Layer) -> _Layer:
+    """Shows all arguments, for ``help`` and editors, of a layer that passes most of them on."""
+    own = inspect.signature(layer.__init__).parameters  # type: ignore[misc]
+    passed = inspect.signature(layer.__base__.__init__).parameters  # type: ignore[union-attr, misc]
+    added = [p for p in own.values() if p.kind is p.KEYWORD_ONLY]
+    layer.__signature__ = inspect.Signature([*list(passed.values())[1:], *added])  # type: ignore[attr-defined]
+    return layer
+
+
+@_with_signature
 class WeightMeanConv(ScaledConv):
     """Convolution with ``kernel = scale * center(W)``: the paper's weight mean.
 
@@ -51,6 +64,7 @@ class WeightMeanConv(ScaledConv):
         super().__init__(*args, **kwargs)
 
 
+@_with_signature
 class WeightMeanConvTranspose(ScaledConvTranspose):
     """Transposed convolution with ``kernel = scale * center(W)``; see ``WeightMeanConv``.
 
@@ -79,6 +93,7 @@ class WeightMeanConvTranspose(ScaledConvTranspose):
         super().__init__(*args, **kwargs)
 
 
+@_with_signature
 class WeightMeanDense(ScaledDense):
     """Dense layer with ``kernel = scale * center(W)``; see ``WeightMeanConv``.
 

@@ -1,5 +1,6 @@
 """The layers take what ``nnx.Conv`` and ``nnx.ConvTranspose`` take."""
 
+import inspect
 import itertools
 import random
 
@@ -298,6 +299,15 @@ def test_a_standardized_kernel_counts_what_a_mask_leaves(float64):
     np.testing.assert_array_equal(kernel[1:], 0.0)
     np.testing.assert_allclose(kernel[0].mean((0, 1)), 0.0, atol=1e-12)
     np.testing.assert_allclose(kernel[0].var((0, 1)), 1.0, rtol=1e-2)
+
+
+@pytest.mark.parametrize("layer", [WeightMeanConv, WeightMeanConvTranspose, WeightMeanDense])
+def test_an_editor_shows_all_arguments(layer):
+    names = inspect.signature(layer).parameters
+    flax = {WeightMeanConv: nnx.Conv, WeightMeanDense: nnx.Linear}.get(layer, nnx.ConvTranspose)
+    missing = {"self", "promote_dtype", "conv_general_dilated", "dot_general"}
+    assert set(inspect.signature(flax.__init__).parameters) - missing <= set(names)
+    assert {"weight_mean", "after_relu", "scale"} <= set(names) and "args" not in names
 
 
 def test_metadata_reaches_the_parameters():
