@@ -188,6 +188,8 @@ def haiku_mask(
     """
     import haiku
 
+    if not hasattr(transformed, "init"):
+        raise UserError("haiku_mask takes what haiku.transform returned, not the function itself")
     seen: list[tuple[list[str], Kernel]] = []
     lifted: list[str] = []  # what the layers that are called now are lifted into
 

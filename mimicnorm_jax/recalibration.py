@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -41,8 +42,10 @@ def recalibrate(model: nnx.Module, batches: Iterable[Any], *, call: Call | None 
       batches: of training data, without augmentation. A batch is an array, or a tuple of what
         the network is called with. With BatchNorms they are gone through twice, so a generator
         does not do.
+        Labels are none of what a network is called with: of pairs of images and labels give
+        ``call``.
       call: ``call(model, batch)`` calls the network with a batch of another kind, such as
-        ``lambda model, batch: model(batch["image"])``.
+        ``lambda model, batch: model(batch["image"])`` or ``model(batch[0])``.
 
     Raises:
       UserError: a network without norms, no batches, fewer than 2 values for a norm, numbers that
@@ -180,7 +183,15 @@ def _call(model: Any, batch: Any) -> Any:
             f"a batch with names ({', '.join(map(str, batch))}) needs call=, such as "
             "lambda model, batch: model(batch['image'])"
         )
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
+    args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+    try:
+        inspect.signature(type(model).__call__).bind(model, *args)
+    except TypeError as error:
+        raise UserError(
+            f"a batch of {len(args)} parts does not fit the network ({error}): say how it is "
+            "called, such as call=lambda model, batch: model(batch[0])"
+        ) from None
+    return model(*args)
 
 
 def _moments(

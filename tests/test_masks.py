@@ -149,7 +149,9 @@ def test_layers_of_haiku_are_told_apart_by_what_they_are_lifted_into():
         x = inner.apply(haiku.lift(inner.init, name="c")(haiku.maybe_next_rng_key(), x), None, x)
         return Lifting(name="d")(x)
 
-    mask = haiku_mask(haiku.transform(network), jax.ShapeDtypeStruct((1, 4, 4, 4), float), True)
+    mask = haiku_mask(
+        haiku.transform(network), jax.ShapeDtypeStruct((1, 4, 4, 4), jnp.float32), True
+    )
     axes = {path[0]: (c.axes, len(c.phases)) for path, c in mask.centerings.items()}
     of_conv, of_transposed = (-4, -3, -2), (-4, -3, -1)
     assert axes == {

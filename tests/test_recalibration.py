@@ -170,6 +170,7 @@ def test_a_built_in_network_is_better_after_it_than_after_its_first_step():
         (lambda: Body(nnx.BatchNorm(4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)), iter([IMAGES]),
          "needs two passes.*a list"),
         (lambda: jnp.sum, [IMAGES], "takes an nnx.Module"),
+        (lambda: Unused(), [(IMAGES, IMAGES)], r"2 parts does not fit.*call=lambda"),
         (lambda: LastBN(3), IMAGES, r"a list of batches: give \[images\]"),
         (lambda: nnx.vmap(lambda _: LastBN(3), in_axes=0)(jnp.arange(2)), [IMAGES],
          "the norm is a stack of norms"),

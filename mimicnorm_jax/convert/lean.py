@@ -109,7 +109,7 @@ def _static_attributes(network: nnx.Module) -> dict[Any, Any]:
         (path, name): value
         for path, module in nnx.iter_modules(network)
         for name, value in vars(module).items()
-        if not name.startswith("_pytree__")
+        if not str(name).startswith("_pytree__")
         and isinstance(value, int | float | str | tuple | None)
         and not any(is_array(leaf) for leaf in jax.tree.leaves(value))
     }

@@ -36,7 +36,7 @@ def substitute(root: nnx.Module, replacements: Mapping[int, nnx.Module]) -> None
             if id(value) not in seen:
                 seen.add(id(value))
                 for name, part in list(vars(value).items()):
-                    new = part if name.startswith("_pytree__") else visit(part)
+                    new = part if str(name).startswith("_pytree__") else visit(part)
                     if new is not part:
                         setattr(value, name, new)
             return replacements.get(id(value), value)

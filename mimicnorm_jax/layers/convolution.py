@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 from jax import lax
@@ -63,8 +63,6 @@ def convolve(
       ValueError: ``"twice"`` with a codec: codes have no derivative.
     """
     shared = _Shared(kernel, scale, offset)
-    if differentiable not in get_args(Differentiable):
-        raise ValueError(f"differentiable must be 'once' or 'twice', got {differentiable!r}")
     if differentiable == "twice":
         if codec is not None:
             raise ValueError(NO_SECOND_DERIVATIVE)
@@ -150,6 +148,9 @@ def _backward(
     if shared.scale is not None:
         shared = shared._replace(kernel=_late_on_cpu(shared.kernel, gradient))
     (x, kernel), to_given = jax.vjp(lambda x, shared: shared.operands(x), x, shared)
+    if geometry.preferred_element_type is not None:  # JAX 0.8 wants operands of one type
+        gradient = gradient.astype(x.dtype)
+        geometry = geometry._replace(preferred_element_type=None)
     (x, geometry), to_unpadded = _padding_and_its_transpose(x, kernel, geometry)
     of_x, of_kernel = convolution_gradients(
         x, kernel, gradient, geometry, both=wanted.kernel, lean=codec is not None

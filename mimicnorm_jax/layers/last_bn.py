@@ -260,7 +260,8 @@ def last_bn_cross_entropy(
       epsilon: added to the variance.
       label_smoothing: weight of the uniform distribution in the target.
       mask: True for what counts in the statistics, ``(B,)`` or ``(B, ...)``. The loss of what
-        does not is 0: the mean over the rest is ``losses.sum() / mask.sum()``.
+        does not is 0: the mean over the rest is ``losses.sum()`` over the number of labels that
+        count, which for ``(B, ...)`` labels and a mask ``(B,)`` is not ``mask.sum()``.
 
     Returns:
       The loss of every label ``(B, ...)``, in nats, the batch mean ``(C,)`` and the **biased**

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import linen, nnx
 
-from mimicnorm_jax.layers.kernel import Centering, Phase, center_kernel
+from mimicnorm_jax.layers.kernel import Centering, Phase, center_kernel, stable_normal
 from mimicnorm_jax.layers.scaled import ScaledKernel, has_drifted, is_there
 
 Path = tuple[str, ...]
@@ -47,7 +48,7 @@ class WeightMeanMask:
         Raises:
           ValueError: they have not all of the chosen kernels.
         """
-        return self._map(lambda leaf, centering: centering is not None, params)
+        return self._map(lambda path, leaf: True, params, lambda leaf: False)
 
     def center(self, params: Any) -> Any:
         """The parameters with each chosen kernel centred, as training has to start.
@@ -60,7 +61,37 @@ class WeightMeanMask:
         Raises:
           ValueError: as a call.
         """
-        return self._map(lambda leaf, centering: centering(leaf) if centering else leaf, params)
+        return self._map(lambda path, leaf: self.centerings[path](leaf), params)
+
+    def initialize(
+        self,
+        params: Any,
+        key: jax.Array,
+        *,
+        after_relu: bool | Callable[[Path], bool] = True,
+    ) -> Any:
+        """The parameters with each chosen kernel drawn anew, by the paper's variance, centred.
+
+        Args:
+          params: as for a call.
+          key: a PRNG key.
+          after_relu: whether the inputs of the layers are rectified; or a function that is given
+            a kernel's path and says it, as images are not. See ``stable_variance``.
+
+        Raises:
+          ValueError: as a call.
+        """
+        rectified = after_relu if callable(after_relu) else lambda path: after_relu
+        order = {path: index for index, path in enumerate(sorted(self.centerings))}
+
+        def draw(path: Path, leaf: Any) -> Any:
+            centering = self.centerings[path]
+            init = stable_normal(
+                centering.fan_in(leaf.shape), centered=True, after_relu=bool(rectified(path))
+            )
+            return centering(init(jax.random.fold_in(key, order[path]), leaf.shape, leaf.dtype))
+
+        return self._map(lambda path, leaf: draw(path, leaf), params)
 
     def within(self, params: Any) -> WeightMeanMask:
         """The mask of those of the kernels that ``params`` has, where only a part is trained."""
@@ -68,7 +99,12 @@ class WeightMeanMask:
         present = {path_of(path) for path, _ in entries}
         return WeightMeanMask({p: c for p, c in self.centerings.items() if p in present})
 
-    def _map(self, f: Callable[[Any, Centering | None], Any], tree: Any) -> Any:
+    def _map(
+        self,
+        chosen: Callable[[Path, Any], Any],
+        tree: Any,
+        others: Callable[[Any], Any] = lambda leaf: leaf,
+    ) -> Any:
         entries, structure = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_left_out)
         paths = [path_of(path) for path, _ in entries]
         missing = self.centerings.keys() - set(paths)
@@ -79,7 +115,11 @@ class WeightMeanMask:
                 "take mask.within(params)"
             )
         leaves = [
-            leaf if _is_left_out(leaf) else f(leaf, self.centerings.get(path))
+            leaf
+            if _is_left_out(leaf)
+            else chosen(path, leaf)
+            if path in self.centerings
+            else others(leaf)
             for path, (_, leaf) in zip(paths, entries, strict=True)
         ]
         return jax.tree.unflatten(structure, leaves)
@@ -128,8 +168,8 @@ def project_weight_mean(
       The transform; it has no state. Where nothing is chosen it warns, at once or in ``init``.
 
     Raises:
-      ValueError: here: ``axes`` for what knows them, or a network of Linen or Equinox in the place
-        of its mask. In ``init`` or ``update``: no parameters given, a mask that does not fit
+      ValueError: here: ``axes`` for what knows them, or what is no mask, such as a network of
+        another library. In ``init`` or ``update``: no parameters given, a mask that does not fit
         them, or a chosen parameter with fewer than 2 axes.
     """
     if isinstance(mask, nnx.Module):
@@ -186,8 +226,14 @@ def _center_chosen(mask: Any, axes: int | Sequence[int] | None, params: Any) -> 
 def _refuse_networks(mask: Any) -> None:
     if isinstance(mask, linen.Module):
         raise ValueError("of a network of flax.linen give linen_mask(network, images)")
-    if callable(mask) and any(hasattr(leaf, "shape") for leaf in jax.tree.leaves(mask)):
+    leaves = jax.tree.leaves(mask)
+    if callable(mask) and any(hasattr(leaf, "shape") for leaf in leaves):
         raise ValueError("of an Equinox model give equinox_mask(model)")
+    if not callable(mask) and not all(isinstance(leaf, bool | np.bool_) for leaf in leaves):
+        raise ValueError(
+            "a mask has True or False for each parameter; weight_mean_mask, linen_mask, haiku_mask "
+            "and equinox_mask make one"
+        )
 
 
 def _warn_of_nothing(stacklevel: int) -> None:

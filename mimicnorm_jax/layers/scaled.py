@@ -244,6 +244,8 @@ class ScaledConv(ScaledKernel):
         bias_metadata: Mapping[str, Any] = NO_METADATA,
         rngs: nnx.Rngs,
     ):
+        if differentiable not in get_args(Differentiable):
+            raise ValueError(f"differentiable must be 'once' or 'twice', got {differentiable!r}")
         if feature_group_count < 1:
             raise ValueError(f"feature_group_count must be positive, got {feature_group_count}")
         for name, features in (("in_features", in_features), ("out_features", out_features)):

@@ -106,7 +106,7 @@ class ScaledConvTranspose(ScaledKernel, nnx.ConvTranspose):  # type: ignore[misc
           inputs: the input; it may have several batch axes, or none.
         """
         bias = self.effective_bias()
-        layer = nnx.view(self)  # of the same arrays
+        layer = nnx.merge(*nnx.split(self))  # a copy with the same arrays
         layer.kernel = nnx.Param(self.effective_kernel())
         layer.bias = None if bias is None else nnx.Param(bias)
         layer.mask = None  # it is in the kernel

@@ -9,10 +9,12 @@ from mimicnorm_jax.layers import (
     WeightMeanConv,
     WeightMeanConvTranspose,
     WeightMeanDense,
+    WeightMeanMask,
     center_kernel,
     project_weight_mean,
     weight_mean_mask,
 )
+from mimicnorm_jax.layers.kernel import Centering, Phase
 from mimicnorm_jax.methods import create_method
 from mimicnorm_jax.models import create_model
 
@@ -241,6 +243,34 @@ def test_a_part_of_the_parameters_may_be_trained():
     optimizer = nnx.Optimizer(model, transform, wrt=wanted)
     optimizer.update(model, jax.tree.map(lambda x: x**2 + 1, part))
     np.testing.assert_allclose(model.layers[1].kernel[...].mean(0), 0.0, atol=1e-6)
+
+
+def test_kernels_are_drawn_anew_with_the_papers_variance():
+    params = {
+        "images": jnp.zeros((3, 3, 16, 64)),
+        "stack": jnp.zeros((2, 3, 3, 64, 32)),
+        "up": jnp.zeros((3, 3, 256, 64)),
+        "dense": jnp.ones((4, 4)),
+    }
+    phases = tuple(Phase(axis, 2, 1) for axis in (-4, -3))
+    kernels = {"images": (), "stack": (), "up": phases}
+    mask = WeightMeanMask({(k,): Centering((-4, -3, -2), p) for k, p in kernels.items()})
+    drawn = mask.initialize(params, jax.random.key(0), after_relu=lambda path: path != ("images",))
+    np.testing.assert_array_equal(drawn["dense"], 1.0)
+    factor = 2 / (1 - 1 / np.pi)
+    assert float(drawn["images"].std() ** 2 * 144) == pytest.approx(1, rel=0.05)
+    assert float(drawn["stack"].std() ** 2 * 576) == pytest.approx(factor, rel=0.05)
+    assert jnp.abs(drawn["stack"][0] - drawn["stack"][1]).max() > 0.01
+    for i in range(2):  # of 4 places and of 1
+        part = drawn["up"][i::2, i::2]
+        assert float(part.std() ** 2 * part[..., 0].size) == pytest.approx(factor, rel=0.05)
+        np.testing.assert_allclose(part.mean((0, 1, 2)), 0.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mask", [{"kernel": jnp.ones(2)}, (jnp.sum, jnp.max), {"kernel": 1}])
+def test_what_is_no_mask_is_refused(mask):
+    with pytest.raises(ValueError, match="a mask has True or False for each parameter"):
+        project_weight_mean(mask)
 
 
 def test_layers_may_share_a_kernel():
