@@ -99,15 +99,16 @@ EXPECTED = {
         and names["predicted"].shape == (8,)
         and names["blocks"][2].last.scale[...] == np.float32(3**-0.5)
         and abs(float(names["linen_params"]["Conv_1"]["kernel"].mean())) < 1e-7
+        and names["any_size"].shape == (2, 10)
         and np.isfinite(names["product"]["stem"]["conv"]["kernel"][...]).all()
     ),
     "docs/haiku.md": lambda names: (
         abs(names["params"]["conv2_d"]["w"].mean((0, 1, 2))).max() < 1e-6
-        and names["logits"].shape == (8, 10)
+        and names["logits"].shape == (2, 10)
     ),
     "docs/equinox.md": lambda names: (
         abs(names["params"].second.weight.mean((1, 2, 3))).max() < 1e-6
-        and abs(names["params"].second.weight.std() - np.sqrt(2 / 143 / (1 - 1 / np.pi))) < 0.01
+        and names["logits"].shape == (10,)
     ),
     "docs/probe.md": lambda names: names["layer"].name == "classifier",
     "docs/train.md": lambda names: round(names["floor"], 3) == 0.309,

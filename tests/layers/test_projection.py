@@ -320,5 +320,6 @@ def test_a_projected_layer_without_the_transform_is_told_of():
     x = jnp.ones((2, 4))
     model(x)  # centred: nothing is said
     optimizer.update(model, nnx.grad(lambda model: jnp.sum(model(x)))(model))
-    with pytest.warns(UserWarning, match="needs project_weight_mean"):
-        model(x)
+    for call in (model, jax.jit(lambda x: model(x))):  # which holds its numbers
+        with pytest.warns(UserWarning, match="needs project_weight_mean"):
+            call(x)
