@@ -9,8 +9,11 @@ import pytest
 
 from mimicnorm_jax.config import default_config
 from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.layers import WeightMeanMask
 from mimicnorm_jax.recipes import cifar, imagenet
 from mimicnorm_jax.train.optim import decay_mask, make_optimizer, make_schedule
+
+NO_KERNELS = WeightMeanMask({})
 
 CIFAR, IMAGENET, TEN = Fraction(50_000, 256), Fraction(1_281_167, 256), Fraction(10)
 
@@ -103,7 +106,7 @@ def test_sgd_is_pytorchs(nesterov, float64):
     config.optimizer.nesterov = nesterov
     config.optimizer.weight_decay = 0.01
     params = {"kernel": jnp.asarray(np.linspace(-1, 1, 6).reshape(3, 2))}
-    optimizer = make_optimizer(config, schedule_of(config), params, {"kernel": False})
+    optimizer = make_optimizer(config, schedule_of(config), params, NO_KERNELS)
     expected = sgd_by_hand(config, np.sin, np.asarray(params["kernel"]), 5)
     state = optimizer.init(params)
     for _ in range(5):
@@ -117,7 +120,7 @@ def test_clipping_bounds_the_global_norm():
     config.schedule.name, config.schedule.warmup_epochs = "constant", 0.0
     config.optimizer.update(momentum=0.0, weight_decay=0.0, clip_norm=1.0)
     params = {"a": jnp.zeros((3,)), "b": jnp.zeros((4,))}
-    optimizer = make_optimizer(config, schedule_of(config), params, {"a": False, "b": False})
+    optimizer = make_optimizer(config, schedule_of(config), params, NO_KERNELS)
     updates, _ = optimizer.update(
         jax.tree.map(lambda x: x + 10.0, params), optimizer.init(params), params
     )
@@ -131,8 +134,7 @@ def test_clipping_comes_before_decay_and_decay_is_masked(float64):
         momentum=0.5, weight_decay=0.2, clip_norm=1.0, weight_decay_mask="kernel"
     )
     params = {"kernel": jnp.full((4,), 3.0), "bias": jnp.full((4,), 3.0)}
-    mask = {"kernel": False, "bias": False}
-    optimizer = make_optimizer(config, schedule_of(config), params, mask)
+    optimizer = make_optimizer(config, schedule_of(config), params, NO_KERNELS)
     state, grads = optimizer.init(params), jax.tree.map(jnp.ones_like, params)
     clipped = 1 / np.sqrt(8)
     for momentum in (1.0, 1.5):  # the second step adds half of the first
@@ -145,8 +147,7 @@ def test_scalars_may_have_a_rate_of_their_own():
     config = default_config()
     config.schedule.name, config.schedule.warmup_epochs = "constant", 0.0
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "scale": jnp.ones(())}
-    mask = dict.fromkeys(params, False)
-    optimizer = make_optimizer(config, schedule_of(config), params, mask, scalar_rate=0.1)
+    optimizer = make_optimizer(config, schedule_of(config), params, NO_KERNELS, scalar_rate=0.1)
     updates, _ = optimizer.update(params, optimizer.init(params), params)
     for name in ("kernel", "bias"):
         np.testing.assert_allclose(updates[name], -0.1 * (1 + 5e-4), rtol=1e-5)
