@@ -290,7 +290,7 @@ def test_a_preferred_type_is_that_of_the_result():
         assert y.dtype == jnp.float32
         if not isinstance(
             layer, nnx.ConvTranspose
-        ):  # whose derivative raises in JAX 0.8, as Flax's
+        ):  # JAX 0.8 raises, as for Flax's
             assert jax.vjp(layer, x)[1](y)[0].dtype == jnp.bfloat16
 
 
