@@ -288,9 +288,7 @@ def test_a_preferred_type_is_that_of_the_result():
     ):  # fmt: skip
         y = layer(x)
         assert y.dtype == jnp.float32
-        if not isinstance(
-            layer, nnx.ConvTranspose
-        ):  # JAX 0.8 raises, as for Flax's
+        if not isinstance(layer, nnx.ConvTranspose):  # JAX 0.8 raises, as for Flax's
             assert jax.vjp(layer, x)[1](y)[0].dtype == jnp.bfloat16
 
 
