@@ -232,7 +232,6 @@ def _of_haiku(haiku: Any, layer: Any) -> Kernel | None:
     elif not isinstance(layer, haiku.Linear):
         groups = getattr(layer, "feature_group_count", 2)
         options["depthwise"] = groups > 1 and shape[-2] == 1
-        options["dilation"] = getattr(layer, "rate", 1)
     masked = getattr(layer, "mask", None) is not None
     return _kernel(place, type(layer).__name__, shape, masked=masked, **options)
 

@@ -17,6 +17,7 @@ from mimicnorm_jax.convert.substitute import copied
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers import LastBN
 from mimicnorm_jax.layers.batch_norm import ShiftedBatchNorm
+from mimicnorm_jax.layers.last_bn import checked_mask
 
 Call = Callable[[Any, Any], Any]
 
@@ -140,9 +141,8 @@ def _record(norm: Any, x: jax.Array, axes: tuple[int, ...], mask: Any = None) ->
 
 class _RecordingLastBN(LastBN):
     def statistics(self, logits: Any, *_: Any, mask: Any = None) -> Any:
-        kept = None if mask is None else jnp.asarray(mask).reshape(
-            jnp.shape(mask) + (1,) * (logits.ndim - jnp.ndim(mask))
-        )  # fmt: skip
+        chosen = checked_mask(mask, logits)
+        kept = None if chosen is None else chosen[..., None]
         _record(self, logits, tuple(range(logits.ndim - 1)), kept)
         return super().statistics(logits, mask=mask)
 

@@ -23,10 +23,10 @@ def per_axis(name: str, value: Steps, axes: int) -> tuple[int, ...]:
       ValueError: not as many, or numbers below 1.
     """
     steps = 1 if value is None else value
-    numbers_ = (steps,) * axes if isinstance(steps, numbers.Integral) else tuple(steps)  # type: ignore[arg-type]
-    if len(numbers_) != axes or any(int(step) != step or step < 1 for step in numbers_):
+    each = (steps,) * axes if isinstance(steps, numbers.Integral) else tuple(steps)  # type: ignore[arg-type]
+    if len(each) != axes or any(int(step) != step or step < 1 for step in each):
         raise ValueError(f"{name} must be positive, one number or {axes}, got {value!r}")
-    return tuple(int(step) for step in numbers_)
+    return tuple(int(step) for step in each)
 
 
 def lax_padding(

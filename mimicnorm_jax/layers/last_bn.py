@@ -61,7 +61,7 @@ def _check_count(count: Any) -> None:
         raise ValueError("the last BN needs at least 2 examples in the (global) batch to train")
 
 
-def _checked_mask(mask: Any, x: jax.Array) -> jax.Array | None:
+def checked_mask(mask: Any, x: jax.Array) -> jax.Array | None:
     """A mask for every logit of a class, ``x.shape[:-1]``, of one that has fewer axes.
 
     Raises:
@@ -192,10 +192,10 @@ class LastBN(nnx.Module):
         logits = logits.astype(at_least_float32(logits.dtype))
         if self.pass_through:
             return logits
-        kept = _checked_mask(mask, logits) if logits.ndim > 1 else mask
+        kept = checked_mask(mask, logits)
         if kept is not None:  # so that the gradient of the others does not meet it
             logits = jnp.where(kept[..., None] | jnp.isfinite(logits), logits, 0)
-        statistics = self.statistics(logits, use_running_average, mask=mask)
+        statistics = self.statistics(logits, use_running_average, mask=kept)
         return normalize(logits, *statistics, self.epsilon)
 
     def statistics(
@@ -223,7 +223,7 @@ class LastBN(nnx.Module):
                 f"expected logits of {self.num_features} classes (..., {self.num_features}), got "
                 f"shape {logits.shape}"
             )
-        chosen = _checked_mask(mask, logits)
+        chosen = checked_mask(mask, logits)
         if evaluates:
             return self.mean[...], self.var[...]
         mean, var, count = _batch_moments(logits, self.axis_name, chosen)
@@ -274,7 +274,7 @@ def last_bn_cross_entropy(
     """
     logits = logits.astype(at_least_float32(logits.dtype))
     _check_logits(logits, axis_name)
-    chosen = _checked_mask(mask, logits)
+    chosen = checked_mask(mask, logits)
     if chosen is not None:  # so that no gradient meets what padding may hold
         logits = jnp.where(chosen[..., None], logits, 0)
         labels = jnp.where(chosen, labels, jnp.zeros_like(labels))

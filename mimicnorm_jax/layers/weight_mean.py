@@ -7,25 +7,39 @@ Normalization" (2020), Section 4 and Appendix C.
 from __future__ import annotations
 
 import inspect
-from typing import Any, TypeVar
+from typing import Any
 
-from mimicnorm_jax.layers.scaled import ScaledConv, ScaledDense, WeightMean
+from mimicnorm_jax.layers.scaled import ScaledConv, ScaledDense, ScaledKernel, WeightMean
 from mimicnorm_jax.layers.scaled_transpose import ScaledConvTranspose
 
-_Layer = TypeVar("_Layer", bound=type)
+
+class _Centered(ScaledKernel):
+    """What the layers add to their base, the second of their two."""
+
+    def __init__(
+        self,
+        *args: Any,
+        weight_mean: WeightMean = "reparameterized",
+        after_relu: bool = True,
+        **kwargs: Any,
+    ):
+        self.weight_mean = weight_mean
+        self.after_relu = after_relu
+        super().__init__(*args, **kwargs)
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        # For help and editors: all arguments, also those that are passed on.
+        own = list(inspect.signature(cls.__init__).parameters.values())[1:]
+        if _Centered in cls.__bases__:
+            base: Any = cls.__bases__[1]
+            passed = list(inspect.signature(base.__init__).parameters.values())[1:]
+            own = passed + [p for p in own if p.kind is p.KEYWORD_ONLY]
+        if _Centered in cls.__bases__ or "__init__" in vars(cls):
+            cls.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
 
 
-def _with_signature(layer: _Layer) -> _Layer:
-    """Shows all arguments, for ``help`` and editors, of a layer that passes most of them on."""
-    own = inspect.signature(layer.__init__).parameters  # type: ignore[misc]
-    passed = inspect.signature(layer.__base__.__init__).parameters  # type: ignore[union-attr, misc]
-    added = [p for p in own.values() if p.kind is p.KEYWORD_ONLY]
-    layer.__signature__ = inspect.Signature([*list(passed.values())[1:], *added])  # type: ignore[attr-defined]
-    return layer
-
-
-@_with_signature
-class WeightMeanConv(ScaledConv):
+class WeightMeanConv(_Centered, ScaledConv):
     """Convolution with ``kernel = scale * center(W)``: the paper's weight mean.
 
     Example::
@@ -52,20 +66,8 @@ class WeightMeanConv(ScaledConv):
         ``"projected"``, or a fan-in of 1, of which centring leaves nothing.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        weight_mean: WeightMean = "reparameterized",
-        after_relu: bool = True,
-        **kwargs: Any,
-    ):
-        self.weight_mean = weight_mean
-        self.after_relu = after_relu
-        super().__init__(*args, **kwargs)
 
-
-@_with_signature
-class WeightMeanConvTranspose(ScaledConvTranspose):
+class WeightMeanConvTranspose(_Centered, ScaledConvTranspose):  # type: ignore[misc]
     """Transposed convolution with ``kernel = scale * center(W)``; see ``WeightMeanConv``.
 
     With strides s an output meets every s-th place of the window along an axis. Each of these
@@ -81,20 +83,8 @@ class WeightMeanConvTranspose(ScaledConvTranspose):
       ValueError: as ``WeightMeanConv``.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        weight_mean: WeightMean = "reparameterized",
-        after_relu: bool = True,
-        **kwargs: Any,
-    ):
-        self.weight_mean = weight_mean
-        self.after_relu = after_relu
-        super().__init__(*args, **kwargs)
 
-
-@_with_signature
-class WeightMeanDense(ScaledDense):
+class WeightMeanDense(_Centered, ScaledDense):
     """Dense layer with ``kernel = scale * center(W)``; see ``WeightMeanConv``.
 
     Args:
@@ -106,14 +96,3 @@ class WeightMeanDense(ScaledDense):
     Raises:
       ValueError: as ``WeightMeanConv``.
     """
-
-    def __init__(
-        self,
-        *args: Any,
-        weight_mean: WeightMean = "reparameterized",
-        after_relu: bool = True,
-        **kwargs: Any,
-    ):
-        self.weight_mean = weight_mean
-        self.after_relu = after_relu
-        super().__init__(*args, **kwargs)

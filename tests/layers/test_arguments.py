@@ -311,6 +311,15 @@ def test_an_editor_shows_all_arguments(layer):
     assert {"weight_mean", "after_relu", "scale"} <= set(names) and "args" not in names
 
 
+def test_an_editor_shows_a_subclasss_own_arguments():
+    class Three(WeightMeanConv):
+        def __init__(self, features, *, rngs):
+            super().__init__(features, features, (3, 3), rngs=rngs)
+
+    assert list(inspect.signature(Three).parameters) == ["features", "rngs"]
+    assert Three(4, rngs=nnx.Rngs(0)).kernel.shape == (3, 3, 4, 4)
+
+
 def test_metadata_reaches_the_parameters():
     conv = WeightMeanConv(
         4, 6, (3, 3), kernel_metadata={"owner": "me"}, bias_metadata={"owner": "you"},
