@@ -29,6 +29,7 @@ from mimicnorm_jax.recalibration import recalibrate
 from mimicnorm_jax.runs import evaluate, fit, read_config
 from mimicnorm_jax.trained import TrainedNetwork, load
 from mimicnorm_jax.version import __version__ as __version__
+from mimicnorm_jax.weights import LoadReport, load_torch_weights
 
 __all__ = [
     "METHODS",
@@ -36,6 +37,7 @@ __all__ = [
     "Conversion",
     "Folded",
     "LastBN",
+    "LoadReport",
     "Method",
     "ScaledConv",
     "ScaledConvTranspose",
@@ -59,6 +61,7 @@ __all__ = [
     "last_bn_loss_floor",
     "linen_mask",
     "load",
+    "load_torch_weights",
     "project_weight_mean",
     "read_config",
     "recalibrate",

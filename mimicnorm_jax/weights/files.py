@@ -1,0 +1,131 @@
+"""Files of weights as plain arrays: safetensors, and what ``torch.save`` writes."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import os
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mimicnorm_jax.errors import UserError, first_line, refused_by_system, unknown
+
+TORCH_SUFFIXES = (".pth", ".pt", ".bin")
+SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+# Where training scripts put the state dict; the averaged ones only where there is no other.
+_NESTED = ("state_dict", "model", "model_state", "model_state_dict")
+_NESTED_LAST = ("state_dict_ema", "model_ema")
+_PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, and of torch.compile
+COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, beside what it averages
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Reads a file of weights.
+
+    Checkpoints of training scripts are looked into: a state dict below ``state_dict``, ``model``
+    or ``model_state`` is taken out, and the prefixes of ``DataParallel`` and ``torch.compile``
+    are cut off. Of a PyTorch file only tensors are read: no code in it is run.
+
+    Args:
+      path: ``.safetensors``, which needs safetensors; ``.pth``, ``.pt`` or ``.bin``, which need
+        torch.
+
+    Returns:
+      The arrays by their names, in the file's types; floats of 16 bits and fewer as float32.
+
+    Raises:
+      UserError: the file is missing, damaged, of another kind, holds more than tensors, or needs
+        a library that is not installed.
+    """
+    file = pathlib.Path(path)
+    with refused_by_system(f"{file} cannot be read"):
+        file.open("rb").close()
+    if file.suffix not in SUFFIXES:
+        raise unknown("suffix of a file of weights", file.suffix, SUFFIXES)
+    content = _read_torch(file) if file.suffix in TORCH_SUFFIXES else _read_safetensors(file)
+    tensors = _without_prefixes(_state_dict(content, file))
+    try:
+        return {name: _array(tensor) for name, tensor in tensors.items()}
+    except Exception as error:  # of sparse and quantized tensors, each of its own type
+        raise UserError(f"{file} has a tensor that is no array: {first_line(error)}") from error
+
+
+def _read_safetensors(file: pathlib.Path) -> Mapping[str, Any]:
+    try:
+        numpy = importlib.import_module("safetensors.numpy")
+    except ImportError as error:
+        raise UserError(f'{file} needs safetensors: pip install "mimicnorm-jax[export]"') from error
+    importlib.import_module("ml_dtypes")  # gives NumPy the type bfloat16, by its name
+    try:
+        return numpy.load_file(file)
+    except Exception as error:  # also TypeError and AttributeError, of types NumPy does not have
+        raise UserError(f"{file} is damaged or no safetensors: {first_line(error)}") from error
+
+
+def _read_torch(file: pathlib.Path) -> Any:
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError as error:
+        raise UserError(
+            f"{file} needs torch: pip install torch, or convert the file to .safetensors"
+        ) from error
+    # torchvision's and timm's training scripts keep their arguments in the file.
+    allowed = getattr(torch.serialization, "safe_globals", lambda _: contextlib.nullcontext())
+    try:
+        with allowed([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever damaged bytes make of it
+        code = re.search(r"Unsupported (?:global|class|operand).*?([\w.]+\.\w+)", str(error))
+        if code or "weights_only" in str(error):
+            named = f" ({code[1]})" if code else ""
+            raise UserError(
+                f"{file} holds more than tensors{named}, and code in it is not run: save only "
+                "model.state_dict(), or .safetensors"
+            ) from error
+        raise UserError(f"{file} is damaged or no PyTorch file: {first_line(error)}") from error
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _is_state_dict(content: Any) -> bool:
+    return isinstance(content, Mapping) and bool(content) and all(map(_is_tensor, content.values()))
+
+
+def _state_dict(content: Any, file: pathlib.Path) -> dict[str, Any]:
+    """The state dict that a file is, or has one level below."""
+    if _is_state_dict(content):
+        return dict(content)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{file} holds a {type(content).__name__}, not a state dict")
+    for key in (*_NESTED, *_NESTED_LAST):
+        if _is_state_dict(content.get(key)):
+            return dict(content[key])
+    keys = ", ".join(str(key) for key in list(content)[:5]) or "nothing"
+    raise UserError(f"{file} is no state dict, nor has one at {', '.join(_NESTED)}; it has {keys}")
+
+
+def _without_prefixes(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The tensors without what all their names begin with, of several wrappers too."""
+    for _ in _PREFIXES:
+        for prefix in _PREFIXES:
+            if all(name.startswith(prefix) for name in tensors if name != COUNTER):
+                tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    return tensors
+
+
+def _array(tensor: Any) -> np.ndarray:
+    """A tensor of either library as an array."""
+    if not isinstance(tensor, np.ndarray):
+        tensor = tensor.detach()
+        if tensor.is_floating_point() and tensor.element_size() < 4:
+            tensor = tensor.float()  # NumPy has no bfloat16
+        return np.asarray(tensor.numpy())
+    narrow = tensor.dtype.kind in "fV" and tensor.dtype.itemsize < 4  # V: of ml_dtypes
+    return tensor.astype(np.float32) if narrow else tensor
