@@ -121,7 +121,7 @@ class _Folder:
             self._keep(path, new, f"{type(module).__name__}, now nnx.{type(new).__name__}")
         elif isinstance(module, NormalizedLogits):
             layer = self.made.get((*path, "layer"), module.layer)
-            _absorb(layer, *_scale_and_shift(module.last_bn))
+            _absorb(layer, *scale_and_shift(module.last_bn))
             self._keep(path, layer, "the last BN is in it now")
             self.made[(*path, "last_bn")] = module.last_bn  # done
         elif isinstance(module, FixupConv):
@@ -147,7 +147,7 @@ class _Folder:
 
     def _fold_norm(self, path: Path) -> None:
         norm = self.modules[path]
-        scale, shift = _scale_and_shift(norm)
+        scale, shift = scale_and_shift(norm)
         layer = self._layer_before(path)
         if layer is None:
             new = ScaleShift(
@@ -188,8 +188,8 @@ def _axis(norm: Any) -> int:
     return int(getattr(norm, "axis", -1))
 
 
-def _scale_and_shift(norm: Any) -> tuple[np.ndarray, np.ndarray]:
-    """A BatchNorm in evaluation as ``x * scale + shift``, in float64."""
+def scale_and_shift(norm: Any) -> tuple[np.ndarray, np.ndarray]:
+    """A BatchNorm in evaluation, a module or its arrays, as ``x * scale + shift``, in float64."""
 
     def wide(parameter: Any, usual: float) -> Any:
         return usual if parameter is None else np.asarray(parameter[...], np.float64)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import importlib
 import os
 import pathlib
+import pickle
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -74,20 +73,26 @@ def _read_torch(file: pathlib.Path) -> Any:
         raise UserError(
             f"{file} needs torch: pip install torch, or convert the file to .safetensors"
         ) from error
-    # torchvision's and timm's training scripts keep their arguments in the file.
-    allowed = getattr(torch.serialization, "safe_globals", lambda _: contextlib.nullcontext())
     try:
-        with allowed([argparse.Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever damaged bytes make of it
-        code = re.search(r"Unsupported (?:global|class|operand).*?([\w.]+\.\w+)", str(error))
-        if code or "weights_only" in str(error):
-            named = f" ({code[1]})" if code else ""
-            raise UserError(
-                f"{file} holds more than tensors{named}, and code in it is not run: save only "
-                "model.state_dict(), or .safetensors"
-            ) from error
-        raise UserError(f"{file} is damaged or no PyTorch file: {first_line(error)}") from error
+        raise _unread_by_torch(file, error) from error
+
+
+def _unread_by_torch(file: pathlib.Path, error: Exception) -> UserError:
+    """What ``torch.load`` says at length, some of it a way to run the file's code."""
+    said = str(error)
+    code = re.search(r"GLOBAL ([\w.]+)", said)
+    if code:
+        return UserError(
+            f"{file} holds more than tensors ({code[1]}), and code in it is not run: save only "
+            "model.state_dict(), or .safetensors"
+        )
+    if "TorchScript" in said:
+        return UserError(f"{file} is a TorchScript program: save its state_dict()")
+    if isinstance(error, pickle.UnpicklingError):
+        return UserError(f"{file} is damaged or no PyTorch file: it has more than tensors")
+    return UserError(f"{file} is damaged or no PyTorch file: {first_line(error)}")
 
 
 def _is_tensor(value: Any) -> bool:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mimicnorm_jax.convert.fold import scale_and_shift
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers import (
     LastBN,
@@ -242,7 +243,7 @@ def _writes(place: Place, layer: Layer) -> list[_Write]:
     if getattr(target, "weight_mean", None) is not None and not _is_centered(layer.kernel):
         raise _Problem(
             "weight mean would change the pretrained kernels; methods that fit: lastbn, nonorm, "
-            "batchnorm",
+            "batchnorm"
         )
     if getattr(target, "scale", None) is not None:
         writes.append(_Write(target.scale, 1.0))
@@ -253,18 +254,9 @@ def folded(layer: Layer) -> Layer:
     """The same function without a norm, in float64."""
     if layer.norm is None:
         return layer
-    scale, bias, mean, var = (np.asarray(v, np.float64) for v in layer.norm[:4])
-    factor = scale / np.sqrt(var + layer.norm.epsilon)
+    scale, shift = scale_and_shift(layer.norm)
     old = 0.0 if layer.bias is None else np.asarray(layer.bias, np.float64)
-    return Layer(
-        layer.kernel.astype(np.float64) * _last(factor, layer.kernel.ndim),
-        (old - mean) * factor + bias,
-        None,
-    )
-
-
-def _last(values: np.ndarray, ndim: int) -> np.ndarray:
-    return values.reshape((1,) * (ndim - 1) + (-1,))
+    return Layer(layer.kernel.astype(np.float64) * scale, old * scale + shift, None)
 
 
 def _without_bias(layer: Layer, has_bias: bool) -> tuple[Layer, np.ndarray]:
@@ -283,7 +275,7 @@ def _with_norm(norm: Any, layer: Layer, *, has_bias: bool) -> tuple[Layer, list[
         raise _Problem("there is no BatchNorm to fill the network's")
     if layer.norm.epsilon != norm.epsilon:
         raise _Problem(
-            f"the BatchNorm has epsilon {layer.norm.epsilon}, and the network's {norm.epsilon}",
+            f"the BatchNorm has epsilon {layer.norm.epsilon}, and the network's {norm.epsilon}"
         )
     layer, mean = _without_bias(layer, has_bias)
     assert layer.norm is not None

@@ -98,7 +98,7 @@ def load_torch_weights(model: nnx.Module, file: str | os.PathLike[str]) -> LoadR
         has_bias = theirs.norm is None or isinstance(model, VGG)
         shape = places[path].layer.kernel[...].shape
         expected |= _entries(path, theirs, shape, has_bias=has_bias)
-    left_out = [name for name in tensors if name == COUNTER or name.startswith("aux")]
+    left_out = [name for name in tensors if name == COUNTER]
     new_classifier = _has_other_classes(tensors, expected, names[CLASSIFIER].layer)
     if new_classifier:
         del names[CLASSIFIER]

@@ -9,6 +9,8 @@ from flax import nnx
 
 from mimicnorm_jax.methods import create_method
 from mimicnorm_jax.models import create_model
+from mimicnorm_jax.weights.layers import places_of
+from mimicnorm_jax.weights.torch_names import torch_names
 
 pytestmark = pytest.mark.long
 REASON = "torchvision is missing: pip install torch torchvision"
@@ -24,59 +26,32 @@ NETWORKS = [
 ]
 
 
-def pairs(network, ours, theirs):
-    """Our layers and torchvision's that do the same: convolutions, norms, dense layers."""
-    units = []
-    if network.startswith("resnet"):
-        units.append((ours.stem, theirs.conv1, theirs.bn1))
-        stages = (theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4)
-        blocks = [block for stage in stages for block in stage]
-        for block, other in zip(ours.blocks, blocks, strict=True):
-            for index, unit in enumerate(block.branch, start=1):
-                layers = getattr(other, f"conv{index}"), getattr(other, f"bn{index}")
-                units.append((unit, *layers))
-            assert (block.projection is None) == (other.downsample is None)
-            if block.projection is not None:
-                units.append((block.projection, *other.downsample))
-        dense = [(ours.classifier, theirs.fc)]
-    elif network.startswith("vgg"):
-        features = [f for f in theirs.features if hasattr(f, "weight")]
-        convolutions = [unit for stage in ours.stages for unit in stage]
-        units = list(zip(convolutions, features[::2], features[1::2], strict=True))
-        linear = [layer for layer in theirs.classifier if hasattr(layer, "weight")]
-        dense = list(zip([*ours.hidden, ours.classifier], linear, strict=True))
-    else:
-        units.append((ours.stem, *list(theirs.conv1)[:2]))
-        others = [unit for stage in (theirs.stage2, theirs.stage3, theirs.stage4) for unit in stage]
-        for unit, other in zip(ours.units, others, strict=True):
-            for our_side, side in ((unit.shortcut, other.branch1), (unit.branch, other.branch2)):
-                layers = [layer for layer in side if hasattr(layer, "weight")]
-                mine = our_side or ()
-                units += zip(mine, layers[::2], layers[1::2], strict=True)
-        units.append((ours.last, *list(theirs.conv5)[:2]))
-        dense = [(ours.classifier, theirs.fc)]
-    return units, dense
+def units_of(ours, theirs):
+    """Our layers with their norms, and torchvision's that do the same."""
+    names, places = torch_names(ours), places_of(ours)
+    for path, (layer, norm) in names.items():
+        yield (
+            *(path, places[path], theirs.get_submodule(layer)),
+            None if norm is None else theirs.get_submodule(norm),
+        )
 
 
-def tensors(network, ours, theirs, attribute="data"):
+def tensors(ours, theirs, attribute="data"):
     """Pairs of our variable and what torchvision has in its place, as we lay it out."""
 
     def of(tensor):
         return getattr(tensor, attribute).numpy()
 
-    units, dense = pairs(network, ours, theirs)
-    for unit, convolution, norm in units:
-        yield unit.conv.kernel, of(convolution.weight).transpose(2, 3, 1, 0)
-        if convolution.bias is not None:
-            yield unit.conv.bias, of(convolution.bias)
-        yield unit.norm.scale, of(norm.weight)
-        yield unit.norm.bias, of(norm.bias)
-    for index, (layer, linear) in enumerate(dense):
-        weight = of(linear.weight)
-        if network.startswith("vgg") and index == 0:  # flattened channels first there
+    for path, place, layer, norm in units_of(ours, theirs):
+        weight = of(layer.weight)
+        if path == "hidden/0":  # of VGG: flattened channels first there
             weight = weight.reshape(-1, 512, 7, 7).transpose(0, 2, 3, 1).reshape(len(weight), -1)
-        yield layer.kernel, weight.T
-        yield layer.bias, of(linear.bias)
+        yield place.layer.kernel, weight.transpose(*range(2, weight.ndim), 1, 0)
+        if layer.bias is not None:
+            yield place.layer.bias, of(layer.bias)
+        if norm is not None:
+            yield place.norm.scale, of(norm.weight)
+            yield place.norm.bias, of(norm.bias)
 
 
 def assert_close(a, b):
@@ -104,7 +79,7 @@ def test_a_training_step_is_torchvisions(network, name, options, ours, size, bat
         rngs=nnx.Rngs(0),
         **ours,
     )
-    for variable, value in tensors(network, model, theirs):
+    for variable, value in tensors(model, theirs):
         assert variable[...].shape == value.shape
         variable[...] = jnp.asarray(value)
     images = np.random.default_rng(1).standard_normal((batch, size, size, 3))
@@ -128,9 +103,10 @@ def test_a_training_step_is_torchvisions(network, name, options, ours, size, bat
 
     assert_close(logits, expected.detach().numpy())
     nnx.update(model, gradients)
-    for variable, value in tensors(network, model, theirs, "grad"):
+    for variable, value in tensors(model, theirs, "grad"):
         assert_close(variable[...], value)
     nnx.update(model, statistics)
-    for unit, _, norm in pairs(network, model, theirs)[0]:
-        assert_close(unit.norm.mean[...], norm.running_mean.numpy())
-        assert_close(unit.norm.var[...], norm.running_var.numpy())
+    for _, place, _, norm in units_of(model, theirs):
+        if norm is not None:
+            assert_close(place.norm.mean[...], norm.running_mean.numpy())
+            assert_close(place.norm.var[...], norm.running_var.numpy())

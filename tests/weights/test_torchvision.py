@@ -1,7 +1,6 @@
 """Weights of torchvision and timm in our networks: PyTorch's own logits are committed."""
 
 import functools
-import importlib.util
 import json
 import pathlib
 
@@ -14,7 +13,7 @@ from safetensors.numpy import save_file
 from mimicnorm_jax import create_model, load_torch_weights
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.methods import create_method
-from mimicnorm_jax.weights.layers import layers_of, put_layers
+from mimicnorm_jax.weights.layers import layers_of
 from tests.weights.generated import images, state_dict, unpacked
 
 REFERENCE = json.loads(pathlib.Path(__file__).with_name("torchvision_reference.json").read_text())
@@ -56,7 +55,9 @@ def assert_torchs_logits(name, method, folder, **options):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["batchnorm", "lastbn", "nonorm"])
+@pytest.mark.parametrize(
+    "method", ["batchnorm", "lastbn", pytest.param("nonorm", marks=pytest.mark.long)]
+)
 def test_resnet18_has_pytorchs_logits(method, tmp_path):
     assert_torchs_logits("resnet18", method, tmp_path)
 
@@ -145,86 +146,6 @@ def test_networks_that_torchvision_does_not_have(network, tmp_path):
     model = create_model(network, method="batchnorm", width=0.25, **common)
     with pytest.raises(UserError, match="nothing in torchvision is like"):
         load_torch_weights(model, tmp_path / "none.safetensors")
-
-
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_prefixes_of_wrappers_are_cut_off(prefix, tmp_path):
-    tensors = {prefix + name: value for name, value in tensors_of("resnet18").items()}
-    model = model_of("resnet18", "batchnorm")
-    load_torch_weights(model, saved(tensors, tmp_path / "w.safetensors"))
-    kernel = tensors[f"{prefix}conv1.weight"].transpose(2, 3, 1, 0)
-    np.testing.assert_array_equal(model.stem.conv.kernel[...], kernel)
-
-
-def test_files_that_are_none(tmp_path):
-    model = resnet18("batchnorm")
-    damaged = tmp_path / "damaged.safetensors"
-    damaged.write_bytes(b"no header")
-    other = tmp_path / "weights.npz"
-    other.write_bytes(b"")
-    for path, message in [
-        (tmp_path / "missing.safetensors", "cannot be read"),
-        (tmp_path, "cannot be read"),
-        (damaged, "is damaged or no safetensors"),
-        (other, r"suffix of a file of weights"),
-    ]:
-        with pytest.raises(UserError, match=message):
-            load_torch_weights(model, path)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="torch is installed")
-def test_without_torch_its_files_are_refused(tmp_path):
-    file = tmp_path / "weights.pth"
-    file.write_bytes(b"")
-    with pytest.raises(UserError, match="needs torch: pip install torch, or convert the file"):
-        load_torch_weights(resnet18("batchnorm"), file)
-
-
-def small(method, seed=0):
-    common = {"num_classes": 5, "image_size": 16, "width": 0.25, "precision": "float64"}
-    return create_model("resnet8", method=method, rngs=nnx.Rngs(seed), **common)
-
-
-def with_statistics(model):
-    """A network with statistics, scales and biases unlike those of the start."""
-    random = np.random.default_rng(1)
-    for _, variable in nnx.iter_graph(model):
-        if isinstance(variable, nnx.Variable) and variable[...].ndim == 1:
-            variable[...] = variable[...] + 0.3 * random.random(variable[...].shape)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("source", "target"),
-    [
-        ("batchnorm", "batchnorm"),
-        ("batchnorm", "lastbn"),
-        ("batchnorm", "nonorm"),
-        ("lastbn", "nonorm"),
-        ("mimicnorm", "nonorm"),
-        ("mimicnorm", "lastbn"),
-        ("mimicnorm", "mimicnorm"),
-    ],
-)
-def test_a_network_of_one_method_in_another_is_the_same_function(source, target, float64):
-    given, made = with_statistics(small(source)), small(target, seed=1)
-    put_layers(made, layers_of(given))
-    x = np.random.default_rng(0).standard_normal((2, 16, 16, 3))
-    np.testing.assert_allclose(logits_of(made, x), logits_of(given, x), rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("source", "target", "message"),
-    [
-        ("batchnorm", "mimicnorm", "weight mean"),
-        ("nonorm", "batchnorm", "BatchNorm"),
-        ("fixup", "nonorm", "FixupConv"),
-        ("weightstandardization", "nonorm", "more than a kernel"),
-    ],
-)
-def test_what_would_not_be_the_same_function_is_refused(source, target, message, float64):
-    with pytest.raises(UserError, match=message):
-        put_layers(small(target), layers_of(with_statistics(small(source))))
 
 
 @pytest.mark.long
