@@ -6,7 +6,7 @@
 
 from mimicnorm_jax.config.check import method_of, network_options_of, validate
 from mimicnorm_jax.config.data import DATA_SETS
-from mimicnorm_jax.config.field import LONGEST, SHORTEST, Field
+from mimicnorm_jax.config.field import LONGEST, SHORTEST, Field, rate
 from mimicnorm_jax.config.fields import (
     FIELDS,
     FREE_FIELDS,
@@ -33,5 +33,6 @@ __all__ = [
     "flatten",
     "method_of",
     "network_options_of",
+    "rate",
     "validate",
 ]

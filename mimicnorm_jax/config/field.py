@@ -81,6 +81,22 @@ def true_or_false() -> dict[str, Any]:
     return {"allowed": "true | false", "check": lambda v: isinstance(v, bool)}
 
 
+def rate(value: str) -> tuple[str, float]:
+    """Pattern and factor of ``PATTERN=FACTOR``; the pattern may have a ``=`` too.
+
+    Raises:
+      ValueError: there is no number behind the last ``=``.
+    """
+    pattern, _, factor = value.rpartition("=")
+    return pattern, float(factor)
+
+
+def is_rate(value: str) -> bool:
+    """Whether a value is ``PATTERN=FACTOR``, with a regular expression and a number from 0 on."""
+    pattern, factor = rate(value)
+    return pattern != "" and is_regex(pattern) and 0 <= factor < math.inf
+
+
 def is_regex(value: str) -> bool:
     """Whether a value is a regular expression."""
     try:

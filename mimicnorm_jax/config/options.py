@@ -12,6 +12,7 @@ FIELDS: dict[str, Field] = {
     "network_options.hidden_features": Field(None, "mlp: features of the hidden layers.", **at_least(1), kind=int),
     "method_options.bn_sync": Field(None, "batchnorm: statistics of each device's part of the batch (local) or of all of it (global).", ("local", "global"), kind=str),
     "method_options.conv_bias": Field(None, "batchnorm: keep convolution biases, as the published VGGs do.", **true_or_false(), kind=bool),
+    "method_options.frozen": Field(None, "batchnorm: its statistics, scales and biases stay those of config.init_from.", **true_or_false(), kind=bool),
     "method_options.min_fan_in": Field(None, "mimicnorm: with center=fan_in, layers with a fan-in above this are centred (unset: 50).", **at_least(1), kind=int),
     "method_options.center_dense": Field(None, "mimicnorm: centre the dense layers before the classifier too.", **true_or_false(), kind=bool),
     "method_options.residual_init": Field(None, "mimicnorm: residual scalar at the start, 1/sqrt(l) or 1/l.", ("inverse_sqrt", "inverse"), kind=str),

@@ -15,6 +15,7 @@ from mimicnorm_jax.precision import PRECISIONS
 FIELDS: dict[str, Field] = {
     "method": Field("mimicnorm", "What normalizes the network.", tuple(METHODS)),
     "network": Field("resnet20", "The architecture.", tuple(NETWORKS)),
+    "init_from": Field("", "Weights to start from: the folder of a run, of which the best checkpoint is taken, or a file of torchvision's or timm's weights (.safetensors, .pth); BatchNorms are folded where the method has none, and other classes get a new classifier. Empty data.mean: its mean and standard deviation."),
     "width": Field(1.0, "Multiplier of the network's features.", **above(0, 100)),
     "epochs": Field(150.0, "Length of the run in epochs; may be a fraction.", **at_least(SHORTEST, LONGEST)),
     "max_steps": Field(None, "Stop after this many steps even if epochs are left.", **at_least(1), kind=int),

@@ -40,6 +40,8 @@ class ShiftedBatchNorm(nnx.Module):
       dtype: type of the output; None: that of the input.
       param_dtype: type of the parameters and, if it is wider than float32, of the statistics.
       axis_name: mapped axis over whose members the statistics are averaged.
+      frozen: always normalize by the running averages, and train nothing: all four arrays are
+        ``nnx.BatchStat``, and nothing is kept for the backward pass.
       rngs: the ``params`` stream is used.
 
     Attributes:
@@ -58,12 +60,14 @@ class ShiftedBatchNorm(nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         axis_name: str | None = None,
+        frozen: bool = False,
         rngs: nnx.Rngs,
     ):
         # A key each, as in Flax: so the layers that follow start as they do there.
         ones, zeros = nnx.initializers.ones_init(), nnx.initializers.zeros_init()
-        self.scale = nnx.Param(ones(rngs.params(), (num_features,), param_dtype))
-        self.bias = nnx.Param(zeros(rngs.params(), (num_features,), param_dtype))
+        kind = nnx.BatchStat if frozen else nnx.Param
+        self.scale = kind(ones(rngs.params(), (num_features,), param_dtype))
+        self.bias = kind(zeros(rngs.params(), (num_features,), param_dtype))
         wide = at_least_float32(param_dtype)
         self.mean = nnx.BatchStat(jnp.zeros((num_features,), wide))
         self.var = nnx.BatchStat(jnp.ones((num_features,), wide))
@@ -72,6 +76,7 @@ class ShiftedBatchNorm(nnx.Module):
         self.epsilon = epsilon
         self.dtype = dtype
         self.axis_name = axis_name
+        self.frozen = frozen
         self.differentiable: Differentiable = "once"
 
     def set_view(self, use_running_average: bool | None = None) -> None:
@@ -85,7 +90,7 @@ class ShiftedBatchNorm(nnx.Module):
         dtype = x.dtype if self.dtype is None else jnp.dtype(self.dtype)
         mean, var = self.mean[...].astype(wide), self.var[...].astype(wide)
         scale, bias = self.scale[...].astype(wide), self.bias[...].astype(wide)
-        if self.use_running_average:
+        if self.use_running_average or self.frozen:
             shifted = x.astype(wide) - _channels(mean, x.ndim)
             factor = lax.rsqrt(var + self.epsilon) * scale
             return (shifted * _channels(factor, x.ndim) + _channels(bias, x.ndim)).astype(dtype)

@@ -16,8 +16,10 @@ from mimicnorm_jax.parallel import make_mesh
 from mimicnorm_jax.precision import resolve_precision
 from mimicnorm_jax.train.checkpoint import Checkpoints
 from mimicnorm_jax.train.description import check_network
+from mimicnorm_jax.train.experiment import images_of
+from mimicnorm_jax.train.init_from import read_pretrained
 from mimicnorm_jax.train.program import Images
-from mimicnorm_jax.train.setup import images_of, set_up, silence_false_alarms
+from mimicnorm_jax.train.setup import set_up, silence_false_alarms
 from mimicnorm_jax.train.state import TrainState
 from mimicnorm_jax.train.workdir import other_fields
 
@@ -41,7 +43,8 @@ def restore(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
             "same --config fields"
         )
     check_network(workdir, config)
-    restored = Checkpoints(directory).restore_latest(set_up(config).abstract_state, set_aside=False)
+    target = set_up(config, workdir).abstract_state
+    restored = Checkpoints(directory).restore_latest(target, set_aside=False)
     if restored is None:
         raise UserError(f"--checkpoint={workdir} has no checkpoint that can be read")
     return jax.tree.map(jnp.asarray, restored.state)
@@ -64,7 +67,7 @@ def training_images(config: ConfigDict, count: int) -> tuple[Images, jax.Array, 
     train = splits_of(config).train
     if count > len(train):
         raise UserError(f"--images={count} is more than the {len(train)} training images")
-    known = images_of(config, train)
+    known = images_of(config, train, read_pretrained(config))
     silence_false_alarms(make_mesh(1))
     batch = Pipeline(train, batch_size=count, seed=config.seed).batch(0)
     images = normalize(

@@ -25,8 +25,10 @@ from mimicnorm_jax.errors import UserError, first_line
 from mimicnorm_jax.parallel import replicate
 from mimicnorm_jax.progress_bar import progress_bar
 from mimicnorm_jax.train.checkpoint import DIGEST, Progress, Restored, checkpoint_steps, read
+from mimicnorm_jax.train.experiment import Experiment
+from mimicnorm_jax.train.pretrained import check_pretrained
 from mimicnorm_jax.train.provenance import config_as_json, config_digest, hardware
-from mimicnorm_jax.train.setup import Experiment, configure_jax, set_up
+from mimicnorm_jax.train.setup import configure_jax, set_up
 from mimicnorm_jax.train.state import TrainState, digest, host_copy
 from mimicnorm_jax.train.workdir import check_data, read_json, saved_config
 
@@ -126,6 +128,7 @@ def verify(
     configure_jax(config)
     experiment = set_up(config)
     check_data(workdir, experiment.data_identity)
+    check_pretrained(workdir, experiment.pretrained)
     directory = workdir / "checkpoints"
     steps = checkpoint_steps(directory)
     if not steps:

@@ -21,17 +21,14 @@ from mimicnorm_jax.train.calibrated import read_calibration
 from mimicnorm_jax.train.checkpoint import Checkpoints
 from mimicnorm_jax.train.description import Description, check_network, read_description
 from mimicnorm_jax.train.evaluation import averaged, outputs_of, recalibrate
+from mimicnorm_jax.train.experiment import Experiment, experiment_of, images_of, pipeline_of
 from mimicnorm_jax.train.metrics import accuracies
 from mimicnorm_jax.train.program import Program, make_program
 from mimicnorm_jax.train.scores import Outputs, details, scores
 from mimicnorm_jax.train.setup import (
-    Experiment,
     check_same_configuration,
     check_same_images,
     configure_jax,
-    experiment_of,
-    images_of,
-    pipeline_of,
     silence_false_alarms,
 )
 from mimicnorm_jax.train.state import TrainState

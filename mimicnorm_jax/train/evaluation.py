@@ -17,9 +17,9 @@ from mimicnorm_jax.data.pipeline import Pipeline, prefetch
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.parallel import coordination, replicate, shard_batch
 from mimicnorm_jax.progress_bar import progress_bar
+from mimicnorm_jax.train.experiment import Experiment
 from mimicnorm_jax.train.program import Program
 from mimicnorm_jax.train.scores import Outputs
-from mimicnorm_jax.train.setup import Experiment
 from mimicnorm_jax.train.state import TrainState
 
 OnBatch = Callable[[], None]

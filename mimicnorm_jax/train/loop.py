@@ -16,6 +16,7 @@ from mimicnorm_jax.train import messages
 from mimicnorm_jax.train.calibrated import Calibration, calibrate, write_calibrations
 from mimicnorm_jax.train.checkpoint import Checkpoints
 from mimicnorm_jax.train.evaluation import averaged, evaluate, outputs_of, recalibrate
+from mimicnorm_jax.train.experiment import Experiment
 from mimicnorm_jax.train.finite import FiniteCheck
 from mimicnorm_jax.train.lock import WorkdirLock
 from mimicnorm_jax.train.metrics import Pending, evaluations
@@ -23,7 +24,7 @@ from mimicnorm_jax.train.opening import check_run, explained, opened
 from mimicnorm_jax.train.progress import Progress, Throughput
 from mimicnorm_jax.train.provenance import config_as_json, config_digest, hardware
 from mimicnorm_jax.train.records import Records
-from mimicnorm_jax.train.setup import Experiment, set_up_together
+from mimicnorm_jax.train.setup import set_up_together
 from mimicnorm_jax.train.state import TrainState, host_copy
 from mimicnorm_jax.train.stopping import Stopped, StopRequest
 from mimicnorm_jax.train.summary import summarize
@@ -61,7 +62,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> Summary | None:
     summary = coordination.exchange("finished", finished_summary(workdir))[0]
     if summary and summary["config"]["max_steps"] == config.max_steps:
         return _already(summary, workdir)
-    experiment = set_up_together(config)
+    experiment = set_up_together(config, workdir)
     coordination.together("run", lambda: check_run(experiment, workdir))
     if summary and summary["steps"] == experiment.total_steps:
         return _already(summary, workdir)

@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from mimicnorm_jax.config import flatten
 from mimicnorm_jax.layers import last_bn_loss_floor
 from mimicnorm_jax.layers.loss_floor import expected_loss_floor
+from mimicnorm_jax.train.experiment import Experiment
+from mimicnorm_jax.train.pretrained import Start
 from mimicnorm_jax.train.provenance import hardware
-from mimicnorm_jax.train.setup import Experiment
 from mimicnorm_jax.train.workdir import Summary
 
 _MUCH_ABOVE = 0.25  # nats
@@ -35,6 +36,8 @@ def introduce(experiment: Experiment, workdir: pathlib.Path) -> None:
         f"everything goes to {workdir}",
         flush=True,
     )
+    if experiment.start is not None:
+        print(starts_from(config, experiment.start), flush=True)
     if experiment.network.last_bn is not None:
         print(loss_floor(config, len(experiment.train_data.source.class_names)), flush=True)
     if config.optimizer.ema_decay and jax.tree.leaves(experiment.abstract_state.batch_stats):
@@ -43,6 +46,12 @@ def introduce(experiment: Experiment, workdir: pathlib.Path) -> None:
             f"{config.optimizer.ema_batches} training batches each time",
             flush=True,
         )
+
+
+def starts_from(config: ConfigDict, start: Start) -> str:
+    """What of the pretrained weights a run starts with, and how its images are normalized."""
+    line = f"starts from {config.init_from}: {start.said}"
+    return line if config.data.mean else f"{line}; images normalized as for these weights"
 
 
 def _counts(experiment: Experiment) -> str:

@@ -10,8 +10,9 @@ from mimicnorm_jax.errors import RunError, UserError, refused_by_system
 from mimicnorm_jax.parallel import coordination
 from mimicnorm_jax.train.checkpoint import kept_step, latest_step
 from mimicnorm_jax.train.description import check_network, write_description
+from mimicnorm_jax.train.experiment import Experiment
 from mimicnorm_jax.train.lock import WorkdirLock
-from mimicnorm_jax.train.setup import Experiment
+from mimicnorm_jax.train.pretrained import check_pretrained, write_pretrained
 from mimicnorm_jax.train.workdir import check_data, check_workdir, open_workdir
 
 
@@ -26,6 +27,8 @@ def opened(experiment: Experiment, workdir: pathlib.Path) -> Iterator[WorkdirLoc
             open_workdir(workdir, config, experiment.data_identity)
             with refused_by_system(f"--workdir={workdir} cannot be written to"):
                 write_description(workdir, experiment.description)
+                if experiment.pretrained is not None:
+                    write_pretrained(workdir, experiment.pretrained)
 
     with contextlib.closing(WorkdirLock(workdir)) as lock:
         coordination.together("open", open_)
@@ -54,6 +57,7 @@ def check_run(experiment: Experiment, workdir: pathlib.Path) -> None:
     """Makes sure that ``workdir`` holds no longer run, and none on other images."""
     check_network(workdir, experiment.config)
     check_data(workdir, experiment.data_identity)
+    check_pretrained(workdir, experiment.pretrained)
     done = latest_step(workdir / "checkpoints")
     if done > experiment.total_steps:
         raise UserError(

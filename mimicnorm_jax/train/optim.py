@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from mimicnorm_jax.config import rate
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers import WeightMeanMask, project_weight_mean
 
@@ -51,6 +53,40 @@ def make_schedule(
 def parameter_name(path: tuple[Any, ...]) -> str:
     """``blocks/0/conv/kernel`` for the path of a leaf in the parameter tree."""
     return "/".join(str(entry.key) for entry in path)
+
+
+def rate_factors(rates: Sequence[str], params: Tree) -> Tree:
+    """Each parameter's learning rate as a multiple of the schedule's: a tree of numbers.
+
+    Args:
+      rates: ``PATTERN=FACTOR``, see ``config.optimizer.rates``.
+      params: tree of (abstract) parameters.
+
+    Raises:
+      UserError: a pattern matches no parameter.
+    """
+    patterns = [rate(text) for text in rates]
+    paths = jax.tree_util.tree_leaves_with_path(params)
+    names = [parameter_name(path) for path, _ in paths]
+    for pattern, _ in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            raise UserError(
+                f"config.optimizer.rates: {pattern!r} matches no parameter; they are named like "
+                f"{names[0]} and {names[-1]}"
+            )
+
+    def factor_of(path: tuple[Any, ...], _: Any) -> float:
+        name = parameter_name(path)
+        return next((factor for pattern, factor in patterns if re.search(pattern, name)), 1.0)
+
+    return jax.tree_util.tree_map_with_path(factor_of, params)
+
+
+def _scale_each(factors: Tree) -> optax.GradientTransformation:
+    def scaled(factor: float, update: jax.Array) -> jax.Array:
+        return update if factor == 1 else jnp.zeros_like(update) if not factor else factor * update
+
+    return optax.stateless(lambda updates, _: jax.tree.map(scaled, factors, updates))
 
 
 def decay_mask(pattern: str, params: Tree) -> Tree:
@@ -101,6 +137,8 @@ def make_optimizer(
     if scalar_rate != 1.0:
         scalars = jax.tree.map(lambda leaf: leaf.ndim == 0, params)
         transforms.append(optax.masked(optax.scale(scalar_rate), scalars))
+    if options.rates:
+        transforms.append(_scale_each(rate_factors(options.rates, params)))
     if weight_mean_mask:
         transforms.append(project_weight_mean(weight_mean_mask))
     return optax.chain(*transforms)

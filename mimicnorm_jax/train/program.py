@@ -42,6 +42,8 @@ from mimicnorm_jax.train.step import (
     make_train_step,
 )
 
+Values = tuple[Any, Any]  # trees of parameters and of statistics, as host arrays
+
 
 class Images(NamedTuple):
     """What a program must know of the training images.
@@ -92,14 +94,18 @@ class Program:
     depends_on_devices: bool
     _create: Any
 
-    def initial_state(self) -> TrainState:
-        """The state at step 0, on every device of the mesh."""
+    def initial_state(self, values: Values | None = None) -> TrainState:
+        """The state at step 0, on every device of the mesh.
+
+        Args:
+          values: parameters and statistics as host arrays, in place of random ones.
+        """
         create = jax.jit(
             self._create,
             out_shardings=replicated(self.mesh),
             compiler_options=quick_compilation(self.mesh.devices.flat[0].platform),
         )
-        return create()
+        return create(None if values is None else replicate(values, self.mesh))
 
     def train(self, state: TrainState, batches: Sequence[Any]) -> tuple[TrainState, Metrics]:
         """Runs one step for each batch, in one call of the devices.
@@ -174,9 +180,9 @@ def make_program(
         scalar_rate=method.scalar_rate,
     )
 
-    def create_initial() -> TrainState:
+    def create_initial(values: Values | None = None) -> TrainState:
         return create_state(
-            initial_values,
+            initial_values if values is None else lambda: values,
             optimizer,
             ema=config.optimizer.ema_decay > 0,
             counts_skips=config.on_nonfinite == "skip",

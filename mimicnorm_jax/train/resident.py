@@ -18,7 +18,7 @@ from mimicnorm_jax.data.pipeline import prefetch
 from mimicnorm_jax.data.sources import ArraySource, Source
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.parallel import DATA_AXIS, replicate, replicated, shard_batch
-from mimicnorm_jax.train.setup import Experiment, fields_of
+from mimicnorm_jax.train.experiment import Experiment, fields_of
 
 
 class ResidentSplit:

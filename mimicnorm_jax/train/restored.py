@@ -9,18 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mimicnorm_jax.data.splits import Splits, splits_of
 from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.parallel import make_mesh, replicate
+from mimicnorm_jax.parallel import DATA_AXIS, replicate
 from mimicnorm_jax.train.calibrated import read_calibration
 from mimicnorm_jax.train.checkpoint import Checkpoints, Restored
 from mimicnorm_jax.train.description import Description, check_network, read_description
 from mimicnorm_jax.train.evaluation import averaged
+from mimicnorm_jax.train.experiment import experiment_of, images_of
 from mimicnorm_jax.train.metrics import accuracies
 from mimicnorm_jax.train.program import make_program
-from mimicnorm_jax.train.setup import experiment_of, images_of
 from mimicnorm_jax.train.state import TrainState
 from mimicnorm_jax.train.workdir import check_data, data_identity, saved_config
 
@@ -58,7 +59,8 @@ def restore(workdir: pathlib.Path, which: str) -> RestoredNetwork:
     here = config.copy_and_resolve_references()
     here.num_devices = 1
     description = read_description(workdir) or _described_by_data(workdir, here)
-    mesh = make_mesh(1)
+    # One device of this process: each of several may read.
+    mesh = Mesh(np.array(jax.local_devices()[:1]), (DATA_AXIS,))
     program = make_program(here, description.images, mesh)
     restored = _read(workdir, which, program.abstract_state)
     if jax.tree.map(np.shape, restored.state) != jax.tree.map(np.shape, program.abstract_state):

@@ -177,7 +177,7 @@ def host_copy(state: TrainState) -> TrainState:
     return jax.tree.map(lambda leaf: np.array(jax.device_get(leaf)), state)
 
 
-def digest(state: TrainState) -> str:
+def digest(state: Any) -> str:
     """SHA-256 over every leaf of the state, in a fixed order, with name, type and shape.
 
     Two runs with the same digest have the same step, parameters, statistics and

@@ -7,8 +7,8 @@ from typing import Any
 
 from mimicnorm_jax.parallel import coordination
 from mimicnorm_jax.train import provenance
+from mimicnorm_jax.train.experiment import Experiment
 from mimicnorm_jax.train.metrics import plot_curves, read_rows
-from mimicnorm_jax.train.setup import Experiment
 from mimicnorm_jax.train.state import TrainState, count_parameters, digest
 from mimicnorm_jax.train.workdir import Summary, write_json
 
@@ -41,6 +41,7 @@ def summarize(
         "final_train_loss_floor": last.get("train_loss_floor"),
         "state_sha256": digest(state),
         "data": experiment.data_identity,
+        "init_sha256": experiment.pretrained and experiment.pretrained.sha256,
         "config": fields,
         "config_sha256": provenance.config_digest(fields),
         "versions": provenance.versions(),

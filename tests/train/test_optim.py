@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from mimicnorm_jax.config import default_config
+from mimicnorm_jax.config import default_config, validate
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers import WeightMeanMask
 from mimicnorm_jax.recipes import cifar, imagenet
@@ -164,3 +164,42 @@ def test_weight_decay_reaches_every_parameter_unless_told():
     assert mask == {"conv": {"kernel": True, "bias": False}, "blocks": {0: {"scale": True}}}
     with pytest.raises(UserError, match=r"weight_decay_mask = 'gamma'.*blocks/0/scale"):
         decay_mask("gamma", params)
+
+
+def test_parameters_may_have_rates_of_their_own():
+    config = default_config()
+    config.schedule.name, config.schedule.warmup_epochs = "constant", 0.0
+    config.optimizer.rates = ("^stem/=0", "kernel$=0.1", "blocks=0.5")
+    params = {
+        "stem": {"kernel": jnp.ones((2, 2))},
+        "blocks": {0: {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}},
+        "classifier": {"bias": jnp.ones(2)},
+    }
+    optimizer = make_optimizer(config, schedule_of(config), params, NO_KERNELS)
+    state = optimizer.init(params)
+    for momentum in (1.0, 1.9):
+        updates, state = optimizer.update(params, state, params)
+        usual = -0.1 * (1 + 5e-4) * momentum
+        np.testing.assert_array_equal(updates["stem"]["kernel"], 0.0)
+        for value, factor in (
+            (updates["blocks"][0]["kernel"], 0.1),  # the first pattern that matches
+            (updates["blocks"][0]["bias"], 0.5),
+            (updates["classifier"]["bias"], 1.0),
+        ):
+            np.testing.assert_allclose(value, factor * usual, rtol=1e-5)
+
+
+def test_a_pattern_of_rates_that_matches_nothing_is_an_error():
+    config = default_config()
+    config.optimizer.rates = ("kernel=0.5", "steem=0")
+    params = {"stem": {"kernel": jnp.ones((2, 2))}}
+    with pytest.raises(UserError, match=r"'steem' matches no parameter; .* stem/kernel"):
+        make_optimizer(config, schedule_of(config), params, NO_KERNELS)
+
+
+@pytest.mark.parametrize("rate", ["stem", "stem=fast", "stem=-1", "(=1", "=1", "stem=inf"])
+def test_rates_that_mean_nothing_are_refused(rate):
+    config = default_config()
+    config.optimizer.rates = (rate,)
+    with pytest.raises(UserError, match=r"config\.optimizer\.rates = .*PATTERN=FACTOR"):
+        validate(config)

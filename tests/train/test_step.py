@@ -10,7 +10,8 @@ import pytest
 
 from mimicnorm_jax.parallel import shard_batch
 from mimicnorm_jax.train.evaluation import evaluate
-from mimicnorm_jax.train.setup import Experiment, set_up
+from mimicnorm_jax.train.experiment import Experiment
+from mimicnorm_jax.train.setup import set_up
 from mimicnorm_jax.train.state import TrainState
 
 METHODS = {

@@ -13,8 +13,8 @@ from mimicnorm_jax.data.pipeline import Pipeline, prefetch
 from mimicnorm_jax.data.random_crop import uniforms
 from mimicnorm_jax.data.sources import EncodedSource
 from mimicnorm_jax.parallel import shard_batch
+from mimicnorm_jax.train.experiment import Experiment
 from mimicnorm_jax.train.progress import Throughput
-from mimicnorm_jax.train.setup import Experiment
 
 _EXAMPLES = 256  # that are read and decoded again and again
 

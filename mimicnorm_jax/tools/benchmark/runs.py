@@ -17,7 +17,7 @@ import jax
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.progress_bar import progress_bar
 from mimicnorm_jax.train.checkpoint import Checkpoints
-from mimicnorm_jax.train.setup import Experiment
+from mimicnorm_jax.train.experiment import Experiment
 from mimicnorm_jax.train.state import TrainState, host_copy
 
 FIRST_STEP = "compiled and ran the first step"

@@ -32,14 +32,10 @@ from mimicnorm_jax.parallel import make_mesh
 from mimicnorm_jax.tools.campaign import runs
 from mimicnorm_jax.tools.campaign.agreement import TOLERANCE, differences
 from mimicnorm_jax.tools.campaign.budget import Cost, choose_epochs, fits
+from mimicnorm_jax.train.experiment import experiment_of, images_of
 from mimicnorm_jax.train.program import Images
 from mimicnorm_jax.train.resident import ResidentExperiment, ResidentSplit, with_resident
-from mimicnorm_jax.train.setup import (
-    configure_jax,
-    experiment_of,
-    images_of,
-    silence_false_alarms,
-)
+from mimicnorm_jax.train.setup import configure_jax, silence_false_alarms
 from mimicnorm_jax.train.workdir import write_json
 
 METHODS = ("batchnorm", "mimicnorm", "nonorm")

@@ -17,9 +17,9 @@ from ml_collections import ConfigDict
 from mimicnorm_jax.tools.campaign.budget import Cost
 from mimicnorm_jax.train import provenance
 from mimicnorm_jax.train.evaluation import evaluate, recalibrate
+from mimicnorm_jax.train.experiment import Experiment
 from mimicnorm_jax.train.metrics import Pending
 from mimicnorm_jax.train.progress import Throughput
-from mimicnorm_jax.train.setup import Experiment
 from mimicnorm_jax.train.state import TrainState, count_parameters
 
 # As far as the training loop lets the host run ahead of the device.
