@@ -6,6 +6,14 @@ Weight mean and one last BN replace every BatchNorm of a network (Fei et al. 202
 from mimicnorm_jax.convert import Conversion, Folded, convert, fold
 from mimicnorm_jax.convert.derivatives import twice_differentiable
 from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.export import (
+    About,
+    Exported,
+    export_onnx,
+    export_safetensors,
+    export_stablehlo,
+    load_safetensors,
+)
 from mimicnorm_jax.layers import (
     LastBN,
     ScaledConv,
@@ -34,7 +42,9 @@ from mimicnorm_jax.weights import LoadReport, load_torch_weights
 __all__ = [
     "METHODS",
     "NETWORKS",
+    "About",
     "Conversion",
+    "Exported",
     "Folded",
     "LastBN",
     "LoadReport",
@@ -54,6 +64,9 @@ __all__ = [
     "create_model",
     "equinox_mask",
     "evaluate",
+    "export_onnx",
+    "export_safetensors",
+    "export_stablehlo",
     "fit",
     "fold",
     "haiku_mask",
@@ -61,6 +74,7 @@ __all__ = [
     "last_bn_loss_floor",
     "linen_mask",
     "load",
+    "load_safetensors",
     "load_torch_weights",
     "project_weight_mean",
     "read_config",

@@ -41,6 +41,7 @@ class TrainedNetwork:
       temperature: by which the logits are divided for the probabilities; None where the run held no
         images out (``config.data.holdout``) to find it.
       config: the run's configuration.
+      description: of the images that it was trained on.
     """
 
     model: nnx.Module
@@ -51,7 +52,7 @@ class TrainedNetwork:
     step: int
     temperature: float | None
     config: ConfigDict
-    _description: Description
+    description: Description
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.image_shape))
@@ -77,7 +78,7 @@ class TrainedNetwork:
         """
         from mimicnorm_jax.data.images import centre_crop, with_channels
 
-        view = self._description.view
+        view = self.description.view
         cropped = centre_crop(self._decode(image), view.size, view.resize)
         return with_channels(cropped, self.image_shape[-1])
 
@@ -95,7 +96,7 @@ class TrainedNetwork:
             with refused_by_system(f"cannot read image {name}"):
                 image = _content(pathlib.Path(image).expanduser())
         try:
-            return decode(image, upright=self._description.view.upright)
+            return decode(image, upright=self.description.view.upright)
         except Exception as error:  # whatever a damaged file makes a decoder raise
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise UserError(f"cannot read image {name}: {reason}") from error
@@ -193,7 +194,8 @@ def load(run: str | os.PathLike[str], which: Which = "best") -> TrainedNetwork:
     are estimated on training images.
 
     Args:
-      run: the run's folder.
+      run: the run's folder; or one that ``python -m mimicnorm_jax.tools.export`` made of it, which
+        has one network only.
       which: the checkpoint of the best accuracy (on the images held out; without them on the test
         images), or the latest.
 
@@ -203,9 +205,11 @@ def load(run: str | os.PathLike[str], which: Which = "best") -> TrainedNetwork:
     """
     if which not in get_args(Which):
         raise unknown("which", which, get_args(Which))
+    from mimicnorm_jax.export.rebuilt import is_export, restore_export
     from mimicnorm_jax.train.restored import restore
 
-    found = restore(pathlib.Path(run).expanduser(), which)
+    folder = pathlib.Path(run).expanduser()
+    found = restore_export(folder) if is_export(folder) else restore(folder, which)
     images = found.description.images
     return TrainedNetwork(
         model=found.model,
@@ -216,5 +220,5 @@ def load(run: str | os.PathLike[str], which: Which = "best") -> TrainedNetwork:
         step=found.step,
         temperature=found.temperature,
         config=found.config,
-        _description=found.description,
+        description=found.description,
     )

@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 @functools.singledispatch
@@ -42,7 +43,8 @@ def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 @functools.singledispatch
 def identity_shortcut(x: jax.Array, *, strides: int, features: int) -> jax.Array:
     """Option A: every ``strides``-th pixel, and zeros for the channels that are missing."""
-    x = x[:, ::strides, ::strides]
+    # not x[:, ::strides, ::strides], which is a gather where the extents are symbolic
+    x = lax.slice(x, (0,) * 4, x.shape, (1, strides, strides, 1))
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
 
 

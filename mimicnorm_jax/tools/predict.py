@@ -16,7 +16,7 @@ import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -27,15 +27,14 @@ from mimicnorm_jax.data.folder import IMAGE_SUFFIXES
 from mimicnorm_jax.errors import UserError, refused_by_system
 from mimicnorm_jax.parallel import make_mesh
 from mimicnorm_jax.progress_bar import progress_bar
-from mimicnorm_jax.tools.report import JSON, PLOT, check_output, write_json
+from mimicnorm_jax.tools.report import JSON, PLOT, WHICH, check_output, write_json
 from mimicnorm_jax.train.setup import configure_jax, silence_false_alarms
 from mimicnorm_jax.train.workdir import saved_config
-from mimicnorm_jax.trained import TrainedNetwork, Which, load
+from mimicnorm_jax.trained import TrainedNetwork, load
 
-for _name in ("json", "plot"):  # shown by --help
+for _name in ("json", "plot", "which"):  # shown by --help
     flags.declare_key_flag(_name)
 
-_WHICH = flags.DEFINE_enum("which", "best", get_args(Which), "Which checkpoint.")
 _TOP = flags.DEFINE_integer("top", 5, "Classes shown of each image.", 1)
 _CSV = flags.DEFINE_string("csv", None, "Where the answers go as a table; unset for nowhere.")
 
@@ -171,7 +170,7 @@ def _run(run: str = "", *arguments: str) -> None:
     configure_jax(saved_config(pathlib.Path(run).expanduser()))
     paths = images_in(arguments)
     silence_false_alarms(make_mesh(1))
-    network = load(run, _WHICH.value)  # type: ignore[arg-type]
+    network = load(run, WHICH.value)  # type: ignore[arg-type]
     top = min(_TOP.value, len(network.classes))
     found: list[Answer] = []
     shown: list[np.ndarray] = []

@@ -27,6 +27,7 @@ COMPARED = flags.DEFINE_list(
 BATCH = flags.DEFINE_integer("batch", None, "Examples in a step, over all devices.", 1)
 NUM_CLASSES = flags.DEFINE_integer("num-classes", None, "Where the data set does not tell.", 2)
 IMAGES = flags.DEFINE_integer("images", None, "Images (probe: 32, gradient_error: 256).", 2)
+WHICH = flags.DEFINE_enum("which", "best", ("best", "latest"), "Which checkpoint.")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Look into the latest state of this run.")
 
 

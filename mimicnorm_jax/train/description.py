@@ -42,16 +42,18 @@ class Description:
         """That of a run on a training split."""
         return cls(tuple(train.class_names), images, view_of(config.data))
 
+    def as_json(self) -> dict[str, Any]:
+        """As a file can hold it; ``parse_description`` reads it."""
+        return {
+            "class_names": list(self.class_names),
+            "images": self.images._asdict(),
+            "view": dataclasses.asdict(self.view),
+        }
+
 
 def write_description(workdir: pathlib.Path, description: Description) -> None:
     """Writes ``run.json``; raises ``OSError`` where the system refuses."""
-    value = {
-        "format": FORMAT,
-        "class_names": description.class_names,
-        "images": description.images._asdict(),
-        "view": dataclasses.asdict(description.view),
-    }
-    write_json(workdir / NAME, value)
+    write_json(workdir / NAME, {"format": FORMAT, **description.as_json()})
 
 
 def read_description(workdir: pathlib.Path) -> Description | None:
@@ -76,12 +78,17 @@ def read_description(workdir: pathlib.Path) -> Description | None:
             "use the version that trained the run"
         )
     try:
-        return _parse(value)
+        return parse_description(value)
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
-def _parse(value: dict[str, Any]) -> Description:
+def parse_description(value: dict[str, Any]) -> Description:
+    """Reads what ``Description.as_json`` gives.
+
+    Raises:
+      LookupError, TypeError, ValueError: it is damaged.
+    """
     of_images, names = value["images"], value["class_names"]
     height, width, channels = map(int, of_images["shape"])
     images = Images(

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from mimicnorm_jax.config import method_of
 from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.export.rebuilt import is_export, restore_export
 from mimicnorm_jax.methods import Method
 from mimicnorm_jax.train.checkpoint import latest_step
 from mimicnorm_jax.train.pretrained import (
@@ -90,14 +91,22 @@ def _of_file(config: ConfigDict, path: pathlib.Path) -> Pretrained:
 
 
 def _of_run(config: ConfigDict, path: pathlib.Path) -> Pretrained:
-    source = restore(path, "best")
+    is_folded = is_export(path)
+    source = restore_export(path) if is_folded else restore(path, "best")
     for name in ("network", "width"):
         there, here = source.config[name], config[name]
         if there != here:
             raise UserError(f"it has config.{name} = {there!r}, and this run {here!r}")
 
     def put(model: nnx.Module, class_names: Sequence[str]) -> str:
-        return _put_run(model, config, source, class_names)
+        columns = _columns(source, class_names)
+        if is_folded or _meaning(source.config) != _meaning(config):
+            how = _put_layers(model, config, source, columns)
+        else:
+            how = ""
+            _copy(model, source.model, columns, len(source.description.class_names))
+        said = f"{source.config.network}, {source.config.method}, step {source.step}{how}"
+        return f"{said}; {_of_classifier(source, class_names, columns)}"
 
     images = source.description.images
     sha256 = digest(values_of(source.model))
@@ -112,29 +121,36 @@ def _folded(config: ConfigDict) -> str:
     return "" if config.method == "batchnorm" else ", BatchNorms folded into them"
 
 
-def _put_run(
-    model: nnx.Module, config: ConfigDict, source: RestoredNetwork, class_names: Sequence[str]
-) -> str:
+def _columns(source: RestoredNetwork, class_names: Sequence[str]) -> list[int] | None:
+    """Of the source's logits, those of the run's classes, by name; None where some are new."""
     there = source.description.class_names
-    columns = None
-    if set(class_names) <= set(there):
-        columns = [there.index(name) for name in class_names]
-    said = f"{source.config.network}, {source.config.method}, step {source.step}"
-    if _meaning(source.config) == _meaning(config):
-        _copy(model, source.model, columns, len(there))
-    else:
-        layers = layers_of(source.model)
-        classifier = layers.pop(CLASSIFIER)
-        if columns is not None:
-            layers[CLASSIFIER] = _of_classes(classifier, columns)
-        put_layers(model, layers, keep=(CLASSIFIER,) if columns is None else ())
-        if source.config.method == "batchnorm":
-            said += _folded(config)
+    if not set(class_names) <= set(there):
+        return None
+    return [there.index(name) for name in class_names]
+
+
+def _of_classifier(
+    source: RestoredNetwork, class_names: Sequence[str], columns: Sequence[int] | None
+) -> str:
     if columns is None:
-        return f"{said}; {_new_classifier(class_names)}"
+        return _new_classifier(class_names)
+    there = source.description.class_names
     if tuple(class_names) == there:
-        return f"{said}; its classifier too"
-    return f"{said}; its classifier for {len(columns)} of its {len(there)} classes, by name"
+        return "its classifier too"
+    return f"its classifier for {len(columns)} of its {len(there)} classes, by name"
+
+
+def _put_layers(
+    model: nnx.Module, config: ConfigDict, source: RestoredNetwork, columns: Sequence[int] | None
+) -> str:
+    """Writes the layers of a network of another method; says what became of its BatchNorms."""
+    layers = layers_of(source.model)
+    classifier = layers.pop(CLASSIFIER)
+    if columns is not None:
+        layers[CLASSIFIER] = _of_classes(classifier, columns)
+    put_layers(model, layers, keep=(CLASSIFIER,) if columns is None else ())
+    has_norms = any(layer.norm is not None for path, layer in layers.items() if path != CLASSIFIER)
+    return _folded(config) if has_norms else ""
 
 
 def _meaning(config: ConfigDict) -> Method:

@@ -87,8 +87,24 @@ def saved_config(workdir: pathlib.Path) -> ConfigDict:
         raise UserError(f"{workdir} does not exist")
     if not path.is_file():
         raise UserError(f"{workdir} is not the folder of a run: it has no config.json")
-    config = default_config()
-    for name, value in read_json(path).items():
+    return with_fields(default_config(), read_json(path), path)
+
+
+def with_fields(config: ConfigDict, fields: Mapping[str, Any], path: pathlib.Path) -> ConfigDict:
+    """Sets fields of a configuration that a file has.
+
+    Args:
+      config: is changed.
+      fields: by dotted name; None stands for the default.
+      path: of the file, for the messages.
+
+    Returns:
+      ``config``.
+
+    Raises:
+      UserError: an unknown field, or a value of another type.
+    """
+    for name, value in fields.items():
         if name not in FIELDS:
             raise unknown("field", f"{path}: {name}", FIELDS)
         if value is not None:

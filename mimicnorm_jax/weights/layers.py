@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from mimicnorm_jax.convert.fold import scale_and_shift
+from mimicnorm_jax.convert.layers import passed_on
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers import (
     LastBN,
@@ -30,7 +31,7 @@ from mimicnorm_jax.models.vgg import VGG
 CLASSIFIER = "classifier"
 _NETWORKS = (ResNet, VGG, ShuffleNetV2, SqueezeNet, MLP)
 # Exactly these: a subclass may do more with its kernel.
-_LAYERS = (ScaledConv, ScaledDense, WeightMeanConv, WeightMeanDense, nnx.Linear)
+_LAYERS = (ScaledConv, ScaledDense, WeightMeanConv, WeightMeanDense, nnx.Linear, nnx.Conv)
 _CENTERED = 1e-5  # mean of a channel's weights over their root mean square: float32 leaves 1e-7
 _LISTED = 4
 
@@ -157,7 +158,7 @@ def places_of(model: nnx.Module) -> dict[str, Place]:
         for index, layer in enumerate(model.hidden):
             found[f"hidden/{index}"] = _place(f"hidden/{index}", layer, identity)
     head: Any = model.head
-    if not isinstance(head, LastBN | Upcast):
+    if not isinstance(head, LastBN | Upcast | nnx.Sequential):  # the last: of a folded network
         raise _unreadable(head, "head")
     classifier = _place(CLASSIFIER, model.classifier, identity)
     last_bn = head if isinstance(head, LastBN) else None
@@ -167,11 +168,16 @@ def places_of(model: nnx.Module) -> dict[str, Place]:
 def _place(path: str, layer: Any, norm: Any) -> Place:
     if type(layer) not in _LAYERS:
         raise _unreadable(layer, path)
-    if norm is identity:
+    if norm is identity or _passes_on(norm):
         return Place(layer, None, None)
     if not all(hasattr(norm, name) for name in ("mean", "var", "scale", "bias", "epsilon")):
         raise _unreadable(norm, f"the norm of {path}")
     return Place(layer, norm, None)
+
+
+def _passes_on(norm: Any) -> bool:
+    """Whether a norm is what ``fold`` leaves of one that it took into the layer before."""
+    return isinstance(norm, nnx.Sequential) and all(f is passed_on for f in norm.layers)
 
 
 def _unreadable(module: Any, where: str) -> UserError:

@@ -1,6 +1,7 @@
 """How fast a configuration trains and reads, how soon it starts, what its checkpoints cost.
 
 python -m mimicnorm_jax.tools.benchmark step --config configs/cifar100_resnet18.py --batch=64
+python -m mimicnorm_jax.tools.benchmark inference --config configs/cifar100_resnet18.py
 python -m mimicnorm_jax.tools.benchmark input --config configs/cifar100_vgg16.py
 python -m mimicnorm_jax.tools.benchmark startup --config configs/digits_resnet20.py
 python -m mimicnorm_jax.tools.benchmark checkpoint --config configs/cifar10_folder_resnet20.py
@@ -17,6 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
@@ -25,7 +27,7 @@ from mimicnorm_jax import command_line
 from mimicnorm_jax.errors import refused_by_system
 from mimicnorm_jax.parallel import make_mesh
 from mimicnorm_jax.precision import resolve_precision
-from mimicnorm_jax.tools.benchmark import step, torch_networks, torch_step
+from mimicnorm_jax.tools.benchmark import inference, step, torch_networks, torch_step
 from mimicnorm_jax.tools.benchmark.input import stages, train
 from mimicnorm_jax.tools.benchmark.runs import checkpoint_cost, time_startup
 from mimicnorm_jax.tools.benchmark.step import Speed, Timed, compare, prepare
@@ -48,7 +50,7 @@ _SECONDS = flags.DEFINE_float("seconds", 3.0, "How long each stage, or a turn, i
 _STEPS = flags.DEFINE_integer("steps", 20, "Training steps to time; 0 leaves them out (input).", 0)
 
 _REPEATS = flags.DEFINE_integer("repeats", 3, "startup: starts with a warm cache.", 1)
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "step: how often each method gets its turn.", 1)
+_ROUNDS = flags.DEFINE_integer("rounds", 5, "step, inference: how often each gets its turn.", 1)
 _PAIRS = flags.DEFINE_integer("pairs", 12, "checkpoint: pairs of segments of --steps steps.", 2)
 
 
@@ -147,6 +149,53 @@ def _step() -> None:
         print(f"picture: {PLOT.value}")
 
 
+def _inference() -> None:
+    check_output("json", JSON.value, (".json",))
+    config = inference.prepared_config(command_line.config())
+    configure_jax(config)
+    with inference.one_core(), jax.default_device(jax.devices("cpu")[0]):
+        network = inference.create(config, NUM_CLASSES.value)
+        size, cores = config.data.image_size, os.cpu_count()
+        print(f"{config.network}, {size} pixels, 1 core of {cores}", flush=True)
+        batches = inference.BATCHES if BATCH.value is None else (BATCH.value,)
+        measured = [_infer(network, batch) for batch in batches]
+    report = {
+        "config": command_line.config_path(),
+        "network": config.network,
+        "image_size": size,
+        "precision": config.precision,
+        "cores": 1,
+        "rounds": _ROUNDS.value,
+        "versions": inference.versions(),
+        "batches": measured,
+    }
+    write_json(json.dumps(report, indent=2) + "\n")
+
+
+def _infer(network: inference.Network, batch: int) -> dict[str, Any]:
+    print(f"batch {batch}: compiling {len(inference.RIVALS)} rivals …", flush=True)
+    prepared = inference.prepare(network, batch)
+    for reason in dict.fromkeys(prepared.left_out.values()):
+        labels = [label for label, why in prepared.left_out.items() if why == reason]
+        print(f"without {', '.join(labels)}: {reason}")
+    speeds = compare(
+        list(prepared.timed),
+        list(prepared.timed.values()),
+        [batch] * len(prepared.timed),
+        rounds=_ROUNDS.value,
+        seconds=_SECONDS.value,
+        device_kind="cpu",
+    )
+    print(step.HEADER)
+    rows = []
+    for speed in speeds:
+        print(step.line(speed), flush=True)
+        rows.append(
+            dataclasses.asdict(speed) | {"logits_difference": prepared.differences[speed.method]}
+        )
+    return {"batch": batch, "methods": rows, "left_out": prepared.left_out}
+
+
 def _startup() -> None:
     check_output("json", JSON.value, (".json",))
     arguments = [f"--config={command_line.config_path()}", *command_line.overrides()]
@@ -187,7 +236,7 @@ def _checkpoint_cost() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; arguments and result as those of ``mimicnorm_jax.main.main``."""
-    programs = {"input": _input, "step": _step}
+    programs = {"inference": _inference, "input": _input, "step": _step}
     programs |= {"startup": _startup, "checkpoint": _checkpoint_cost}
     return command_line.run_program(programs, argv=argv)
 
