@@ -19,7 +19,7 @@ from mimicnorm_jax.export.onnx_graph import (
     shapes,
 )
 from mimicnorm_jax.export.onnx_graph.fusion import fuse
-from mimicnorm_jax.export.onnx_graph.graph import Graph, dtype_of, refused, source
+from mimicnorm_jax.export.onnx_graph.graph import Graph, UnwrittenError, dtype_of, refused, source
 from mimicnorm_jax.export.onnx_graph.layout import arrange
 from mimicnorm_jax.export.onnx_graph.model import build_model, import_onnx
 from mimicnorm_jax.export.onnx_graph.tensors import Tensor, constant, is_static
@@ -84,6 +84,7 @@ def to_onnx(
     program = jax.make_jaxpr(function)(*specs)
     _check_names(input_names, len(program.in_avals), "arrays that the function takes")
     _check_names(output_names, len(program.out_avals), "arrays that the function returns")
+    _check_names([*input_names, *output_names], len(input_names) + len(output_names), "arrays")
     graph = Graph(opset)
     names = [graph.new_name(name) for name in input_names]
     operands = []
@@ -130,6 +131,16 @@ def _write(graph: Graph, program: Any, operands: list[Tensor]) -> list[Tensor]:
 
 
 def _equation(graph: Graph, equation: Any, inputs: list[Tensor]) -> list[Tensor]:
+    try:
+        return _outputs(graph, equation, inputs)
+    except UnwrittenError as error:
+        where = source(equation)
+        if not where:  # inside of a function of JAX: the equation that calls it knows
+            raise
+        raise UserError(f"{error} ({where})") from error
+
+
+def _outputs(graph: Graph, equation: Any, inputs: list[Tensor]) -> list[Tensor]:
     name = equation.primitive.name
     if name in _CALLS:
         return _write(graph, _called(equation), inputs)
@@ -146,8 +157,9 @@ def _equation(graph: Graph, equation: Any, inputs: list[Tensor]) -> list[Tensor]
 
 
 def _no_rule(equation: Any) -> UserError:
-    name = equation.primitive.name
-    return UserError(f"the ONNX export has no rule for the primitive {name} ({source(equation)})")
+    return UnwrittenError(
+        f"the ONNX export has no rule for the primitive {equation.primitive.name}"
+    )
 
 
 def _called(equation: Any) -> Any:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import ast
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.export.onnx_graph.tensors import is_static
-
-if TYPE_CHECKING:
-    from mimicnorm_jax.export.onnx_graph.graph import Graph
 
 _OPERATORS: dict[type, str] = {ast.Add: "Add", ast.Sub: "Sub", ast.Mult: "Mul"}
 _FUNCTIONS = {"max": "Max", "min": "Min", "mod": "Mod"}
@@ -43,7 +40,7 @@ def _linear(extent: Any) -> tuple[str, int, int] | None:
 class Extents:
     """Computes extents from the shapes of the graph's inputs, each once."""
 
-    def __init__(self, graph: Graph):
+    def __init__(self, graph: Any):  # a Graph, which has one of these
         self._graph = graph
         self._names: dict[str, str] = {}  # of vectors of one number, by the extents' text
 

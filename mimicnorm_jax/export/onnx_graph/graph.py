@@ -104,14 +104,18 @@ class Graph:
         return self.node("Cast", name, to=np.dtype(dtype))
 
 
+class UnwrittenError(UserError):
+    """An equation that cannot be written; where it comes from is yet to be said."""
+
+
 def refused(equation: Any, why: str) -> UserError:
-    """The error for an equation that cannot be written, with its line in the source."""
-    return UserError(f"ONNX has no {equation.primitive.name} {why} ({source(equation)})")
+    """The error for an equation that cannot be written, although its primitive has a rule."""
+    return UnwrittenError(f"the ONNX export has no {equation.primitive.name} {why}")
 
 
 def source(equation: Any) -> str:
-    """The line that an equation comes from."""
-    return str(source_info_util.summarize(equation.source_info))
+    """The file and the line that an equation comes from; empty where only JAX's own are known."""
+    return str(source_info_util.summarize(equation.source_info)).partition(" (")[0]
 
 
 def result(equation: Any, name: str, axes: Any) -> Tensor:

@@ -43,6 +43,14 @@ def _slice(graph: Graph, equation: Any, inputs: list[Tensor]) -> Tensor:
     return result(equation, name, tensor.axes)
 
 
+def _part(graph: Graph, tensor: Tensor, axis: int, start: int, count: Any, step: int = 1) -> Tensor:
+    """Every ``step``-th entry along an axis, ``count`` of them."""
+    starts, strides, limits = [0] * len(tensor.shape), [1] * len(tensor.shape), [*tensor.shape]
+    starts[axis], strides[axis], limits[axis] = start, step, start + step * (count - 1) + 1
+    shape = (*tensor.shape[:axis], count, *tensor.shape[axis + 1 :])
+    return Tensor(shape, tensor.dtype, tensor.axes, _cut(graph, tensor, starts, limits, strides))
+
+
 def taken(graph: Graph, tensor: Tensor, index: int) -> Tensor:
     """One entry along the first axis, which is taken away."""
     if tensor.is_constant:
@@ -54,27 +62,20 @@ def taken(graph: Graph, tensor: Tensor, index: int) -> Tensor:
     return squeezed(graph, Tensor(shape, tensor.dtype, tensor.axes, name), [0])
 
 
-def _window(
-    graph: Graph, equation: Any, tensor: Tensor, starts: Sequence[int], sizes: Sequence[Any]
-) -> Tensor:
-    """Slices of given sizes, moved inward where they begin too late, as JAX does."""
-    first: list[Any] = []
-    for start, size, extent in zip(starts, sizes, tensor.shape, strict=True):
-        whole = size == extent
-        if not whole and not (is_static(size) and is_static(extent)):
-            raise refused(equation, "of a symbolic extent")
-        first.append(0 if whole else min(max(int(start), 0), extent - size))
-    limits = [start + size for start, size in zip(first, sizes, strict=True)]
-    name = _cut(graph, tensor, first, limits, [1] * len(first))
-    return Tensor(tuple(sizes), tensor.dtype, tensor.axes, name)
-
-
 def _dynamic_slice(graph: Graph, equation: Any, inputs: list[Tensor]) -> Tensor:
     tensor, *indices = inputs
-    starts = [index.scalar() for index in indices]
-    if None in starts:
-        raise refused(equation, "whose start depends on the input")
-    return _window(graph, equation, tensor, starts, equation.params["slice_sizes"])
+    for axis, (index, size) in enumerate(zip(indices, equation.params["slice_sizes"], strict=True)):
+        if size == tensor.shape[axis]:
+            continue
+        start = index.scalar()
+        if start is None:
+            raise refused(equation, "whose start depends on the input")
+        if not is_static(tensor.shape[axis]) and start != 0:
+            raise refused(equation, "of a symbolic extent")
+        if start != 0:  # JAX moves a slice inward that begins too late
+            start = min(max(start, 0), tensor.shape[axis] - size)
+        tensor = _part(graph, tensor, axis, start, size)
+    return tensor
 
 
 def _reverse(graph: Graph, equation: Any, inputs: list[Tensor]) -> Tensor:
@@ -96,18 +97,14 @@ def _gather(graph: Graph, equation: Any, inputs: list[Tensor]) -> Tensor:
     sizes = equation.params["slice_sizes"]
     if numbers.operand_batching_dims:
         raise refused(equation, "along axes of a batch")
-    if len(indices.shape) == 1 and indices.is_constant:
-        return _gather_window(graph, equation, tensor, indices.value())
     axes = tuple(numbers.start_index_map)
     others = [axis for axis in range(len(tensor.shape)) if axis not in axes]
-    whole = all(sizes[axis] == tensor.shape[axis] for axis in others)
-    single = tuple(numbers.collapsed_slice_dims) == tuple(sorted(axes))
-    if not whole or not single:
+    if any(sizes[axis] != tensor.shape[axis] for axis in others):
         raise refused(equation, "of parts of the axes")
     grid = _grid(graph, indices)
     if grid:
         return _gather_grid(graph, equation, tensor, grid)
-    if len(axes) != 1:
+    if len(axes) != 1 or tuple(numbers.collapsed_slice_dims) != axes:
         raise refused(equation, "along several axes that is no grid")
     return _gather_along(graph, equation, tensor, indices, axes[0])
 
@@ -135,61 +132,58 @@ def _varying(array: np.ndarray) -> Tensor:
 def _gather_grid(graph: Graph, equation: Any, tensor: Tensor, grid: list[Tensor]) -> Tensor:
     numbers, shape = equation.params["dimension_numbers"], equation.outvars[0].aval.shape
     batch = [number for number in range(len(shape)) if number not in numbers.offset_dims]
-    others = [axis for axis in range(len(tensor.shape)) if axis not in numbers.start_index_map]
+    collapsed = numbers.collapsed_slice_dims
+    others = [axis for axis in range(len(tensor.shape)) if axis not in collapsed]
     new = dict(zip(others, numbers.offset_dims, strict=True))
     for axis, part in zip(numbers.start_index_map, grid, strict=True):
-        tensor = _entries(graph, equation, tensor, axis, part)
+        size = equation.params["slice_sizes"][axis]
+        if part.axes and axis not in collapsed:
+            raise refused(equation, "of several slices")
+        tensor = _entries(graph, equation, tensor, axis, part, size)
         if part.axes:
             new[axis] = batch[part.axes[0]]
     tensor = without(graph, tensor, [axis for axis in tensor.axes if axis not in new])
     return tensor.relabeled(shape, tuple(new[axis] for axis in tensor.axes))
 
 
-def _entries(graph: Graph, equation: Any, tensor: Tensor, axis: int, part: Tensor) -> Tensor:
-    """Entries along an axis, by a Slice where the indices grow evenly."""
-    count = part.shape[part.axes[0]] if part.axes else 1
+def _entries(
+    graph: Graph, equation: Any, tensor: Tensor, axis: int, part: Tensor, size: Any
+) -> Tensor:
+    """Entries along an axis, by a Slice where the indices grow evenly; or one of a size."""
+    count = part.shape[part.axes[0]] if part.axes else size
     extent = tensor.shape[axis]
-    shape = (*tensor.shape[:axis], count, *tensor.shape[axis + 1 :])
-    tensor = stored_with(graph, tensor, [axis])
     first, step = graph.progressions.get(part.name, (0, 0))
     if part.array is not None:
-        values = np.atleast_1d(_inside(equation, part.array, extent))
+        values = np.atleast_1d(_inside(equation, part.array, extent, size))
         steps = set(np.diff(values).tolist()) or {1}
         first, step = int(values[0]), steps.pop()
         if steps or step < 1:
-            index = graph.constant(values, np.int64)
-            name = graph.node("Gather", tensor.name, index, axis=tensor.axes.index(axis))
-            return Tensor(shape, tensor.dtype, tensor.axes, name)
+            return _chosen(graph, tensor, axis, values)
     elif step < 1 or first < 0 or equation.params["mode"] != GatherScatterMode.PROMISE_IN_BOUNDS:
         raise refused(equation, "that may be outside of the array")
-    starts, strides, limits = [0] * len(shape), [1] * len(shape), list(tensor.shape)
-    starts[axis], strides[axis], limits[axis] = first, step, first + step * (count - 1) + 1
-    return Tensor(shape, tensor.dtype, tensor.axes, _cut(graph, tensor, starts, limits, strides))
+    return _part(graph, stored_with(graph, tensor, [axis]), axis, first, count, step)
 
 
-def _inside(equation: Any, index: Any, extent: Any) -> np.ndarray:
+def _chosen(graph: Graph, tensor: Tensor, axis: int, values: np.ndarray) -> Tensor:
+    tensor, index = stored_with(graph, tensor, [axis]), graph.constant(values, np.int64)
+    name = graph.node("Gather", tensor.name, index, axis=tensor.axes.index(axis))
+    shape = (*tensor.shape[:axis], len(values), *tensor.shape[axis + 1 :])
+    return Tensor(shape, tensor.dtype, tensor.axes, name)
+
+
+def _inside(equation: Any, index: Any, extent: Any, size: Any = 1) -> np.ndarray:
     """Constant indices as JAX takes them: those outside are moved in, or refused."""
-    if not is_static(extent):
-        if np.any(index < 0):
-            raise refused(equation, "from the end of a symbolic extent")
+    mode = equation.params["mode"]
+    if size == extent:
+        return np.zeros_like(index)
+    if not (is_static(extent) and is_static(size)):
+        if np.any(index != 0) and mode != GatherScatterMode.PROMISE_IN_BOUNDS:
+            raise refused(equation, "that may be outside of the array")
         return index
-    inside = np.clip(index, 0, extent - 1)
-    if equation.params["mode"] == GatherScatterMode.FILL_OR_DROP and np.any(inside != index):
+    inside = np.clip(index, 0, extent - size)
+    if mode == GatherScatterMode.FILL_OR_DROP and np.any(inside != index):
         raise refused(equation, "outside of the array")
     return inside
-
-
-def _gather_window(graph: Graph, equation: Any, tensor: Tensor, index: np.ndarray) -> Tensor:
-    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
-    starts = [0] * len(tensor.shape)
-    for axis, start in zip(numbers.start_index_map, index.tolist(), strict=True):
-        starts[axis] = start
-        extent = tensor.shape[axis]
-        inside = not is_static(extent) or 0 <= start <= extent - sizes[axis]
-        if equation.params["mode"] == GatherScatterMode.FILL_OR_DROP and not inside:
-            raise refused(equation, "outside of the array")
-    window = _window(graph, equation, tensor, starts, sizes)
-    return squeezed(graph, window, numbers.collapsed_slice_dims)
 
 
 def _gather_along(

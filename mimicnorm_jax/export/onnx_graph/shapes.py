@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from mimicnorm_jax.export.onnx_graph.graph import Graph, refused, result
@@ -66,27 +65,20 @@ def _groups(old: Sequence[Any], new: Sequence[Any]) -> list[_Group]:
     groups: list[_Group] = []
     i = j = 0
     while i < len(old) and j < len(new):
-        group, sizes = _Group([i], [j]), [old[i], new[j]]
-        i, j = i + 1, j + 1
-        while sizes[0] != sizes[1]:
-            try:
-                left = bool(sizes[0] < sizes[1])
-            except jax.core.InconclusiveDimensionOperation:
-                return [*groups, _rest(group, i, j, old, new)]
-            if (i if left else j) >= len(old if left else new):
-                return [*groups, _rest(group, i, j, old, new)]
-            if left:
-                group.old.append(i)
-                sizes[0], i = sizes[0] * old[i], i + 1
-            else:
-                group.new.append(j)
-                sizes[1], j = sizes[1] * new[j], j + 1
-        groups.append(group)
+        last_i, last_j = min(_equal_parts(old, new, i, j), key=sum, default=(len(old), len(new)))
+        groups.append(_Group([*range(i, last_i)], [*range(j, last_j)]))
+        i, j = last_i, last_j
     return groups
 
 
-def _rest(group: _Group, i: int, j: int, old: Sequence[Any], new: Sequence[Any]) -> _Group:
-    return _Group([*group.old, *range(i, len(old))], [*group.new, *range(j, len(new))])
+def _equal_parts(
+    old: Sequence[Any], new: Sequence[Any], i: int, j: int
+) -> Iterator[tuple[int, int]]:
+    """Where parts from ``i`` and ``j`` on may end that have as many elements, of any extents."""
+    for last_i in range(i + 1, len(old) + 1):
+        for last_j in range(j + 1, len(new) + 1):
+            if math.prod(old[i:last_i]) == math.prod(new[j:last_j]):
+                yield last_i, last_j
 
 
 def reshaped(graph: Graph, tensor: Tensor, shape: tuple[Any, ...]) -> Tensor:
