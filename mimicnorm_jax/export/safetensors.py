@@ -22,8 +22,7 @@ from mimicnorm_jax.export.metadata import metadata
 from mimicnorm_jax.export.model_card import model_card
 from mimicnorm_jax.export.prepared import About, as_function, compare, prepare_as
 from mimicnorm_jax.export.written import Exported
-from mimicnorm_jax.weights.files import read_tensors
-from mimicnorm_jax.weights.layers import listed
+from mimicnorm_jax.weights.files import check_shapes, listed, read_tensors
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -104,18 +103,7 @@ def load_safetensors(network: nnx.Module, folder: str | os.PathLike[str]) -> Non
     """
     path = pathlib.Path(folder) / WEIGHTS
     tensors, arrays = read_tensors(path), _arrays(network)
-    missing = [name for name in arrays if name not in tensors]
-    unused = [name for name in tensors if name not in arrays]
-    other = [
-        f"{name} has the shape {tensors[name].shape}, and the network's {variable[...].shape}"
-        for name, variable in arrays.items()
-        if name in tensors and tensors[name].shape != variable[...].shape
-    ]
-    said = [f"missing: {listed(missing)}"] if missing else []
-    said += [f"not in the network: {listed(unused)}"] if unused else []
-    said += [listed(other)] if other else []
-    if said:
-        raise UserError(f"{path} does not fit the network: {'; '.join(said)}")
+    check_shapes(tensors, {name: value[...].shape for name, value in arrays.items()}, str(path))
     for name, variable in arrays.items():
         variable[...] = jnp.asarray(tensors[name], variable[...].dtype)
 

@@ -27,8 +27,8 @@ from mimicnorm_jax.train.pretrained import (
 from mimicnorm_jax.train.restored import RestoredNetwork, restore
 from mimicnorm_jax.train.state import digest
 from mimicnorm_jax.weights import load_torch_weights
-from mimicnorm_jax.weights.files import SUFFIXES
-from mimicnorm_jax.weights.layers import CLASSIFIER, Layer, Norm, layers_of, listed, put_layers
+from mimicnorm_jax.weights.files import SUFFIXES, listed
+from mimicnorm_jax.weights.layers import CLASSIFIER, Layer, Norm, layers_of, put_layers
 
 # By which torchvision and timm normalize images for the weights they publish.
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

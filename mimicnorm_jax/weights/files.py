@@ -7,7 +7,7 @@ import os
 import pathlib
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 _NESTED = ("state_dict", "model", "model_state", "model_state_dict")
 _NESTED_LAST = ("state_dict_ema", "model_ema")
 _PREFIXES = ("module.", "_orig_mod.")  # of DataParallel, and of torch.compile
+_LISTED = 4
 COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, beside what it averages
 
 
@@ -52,6 +53,40 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         return {name: _array(tensor) for name, tensor in tensors.items()}
     except Exception as error:  # of sparse and quantized tensors, each of its own type
         raise UserError(f"{file} has a tensor that is no array: {first_line(error)}") from error
+
+
+def check_shapes(
+    tensors: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], what: str
+) -> None:
+    """Compares names and shapes with those of a network.
+
+    Args:
+      tensors: what there is.
+      expected: the shapes that the network asks for.
+      what: begins the message.
+
+    Raises:
+      UserError: it lists what is missing, too much, or of another shape.
+    """
+    missing = [name for name in expected if name not in tensors]
+    unused = [name for name in tensors if name not in expected]
+    other = [
+        f"{name} has the shape {tensors[name].shape}, and the network needs {shape}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    said = [f"missing: {listed(missing)}"] if missing else []
+    said += [f"not in the network: {listed(unused)}"] if unused else []
+    said += [listed(other)] if other else []
+    if said:
+        raise UserError(f"{what} does not fit the network: {'; '.join(said)}")
+
+
+def listed(names: Iterable[str], *, separator: str = ", ") -> str:
+    """The first few of many names, and how many more there are."""
+    every = list(names)
+    more = f"{separator}and {len(every) - _LISTED} more" if len(every) > _LISTED else ""
+    return separator.join(every[:_LISTED]) + more
 
 
 def _read_safetensors(file: pathlib.Path) -> Mapping[str, Any]:

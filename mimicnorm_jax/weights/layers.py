@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -27,13 +27,13 @@ from mimicnorm_jax.models.shufflenet import ShuffleNetV2
 from mimicnorm_jax.models.squeezenet import SqueezeNet
 from mimicnorm_jax.models.unit import ConvUnit
 from mimicnorm_jax.models.vgg import VGG
+from mimicnorm_jax.weights.files import listed
 
 CLASSIFIER = "classifier"
 _NETWORKS = (ResNet, VGG, ShuffleNetV2, SqueezeNet, MLP)
 # Exactly these: a subclass may do more with its kernel.
 _LAYERS = (ScaledConv, ScaledDense, WeightMeanConv, WeightMeanDense, nnx.Linear, nnx.Conv)
 _CENTERED = 1e-5  # mean of a channel's weights over their root mean square: float32 leaves 1e-7
-_LISTED = 4
 
 
 class Norm(NamedTuple):
@@ -128,13 +128,6 @@ def put_layers(
     for variable, value in writes:
         array = jnp.asarray(value, variable[...].dtype)
         variable[...] = jnp.broadcast_to(array, variable[...].shape)
-
-
-def listed(names: Iterable[str], *, separator: str = ", ") -> str:
-    """The first few of many names, and how many more there are."""
-    every = list(names)
-    more = f"{separator}and {len(every) - _LISTED} more" if len(every) > _LISTED else ""
-    return separator.join(every[:_LISTED]) + more
 
 
 def places_of(model: nnx.Module) -> dict[str, Place]:

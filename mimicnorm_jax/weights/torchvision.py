@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +13,8 @@ from flax import nnx
 
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.models.vgg import TOTAL_STRIDE, VGG
-from mimicnorm_jax.weights.files import COUNTER, read_tensors
-from mimicnorm_jax.weights.layers import CLASSIFIER, Layer, Norm, listed, places_of, put_layers
+from mimicnorm_jax.weights.files import COUNTER, check_shapes, listed, read_tensors
+from mimicnorm_jax.weights.layers import CLASSIFIER, Layer, Norm, places_of, put_layers
 from mimicnorm_jax.weights.torch_names import TorchNames, check_variant, torch_names
 
 EPSILON = 1e-5  # of every BatchNorm in torchvision's and timm's networks of these names
@@ -105,7 +105,8 @@ def load_torch_weights(model: nnx.Module, file: str | os.PathLike[str]) -> LoadR
         of_classifier = [name for name, entry in expected.items() if entry.path == CLASSIFIER]
         left_out += [name for name in of_classifier if name in tensors]
         expected = {name: e for name, e in expected.items() if e.path != CLASSIFIER}
-    _check_entries(tensors, expected, left_out, file)
+    used = {name: value for name, value in tensors.items() if name not in left_out}
+    check_shapes(used, {name: entry.shape for name, entry in expected.items()}, os.fspath(file))
     layers = {path: _layer(model, path, theirs, tensors) for path, theirs in names.items()}
     put_layers(model, layers, keep=(CLASSIFIER,) if new_classifier else ())
     return LoadReport(tuple(names), new_classifier, tuple(left_out))
@@ -157,26 +158,6 @@ def _has_other_classes(
         return False
     classes, features = expected[f"{classifier}.weight"].shape
     return weight.shape[1] == features and weight.shape[0] != classes and bias.ndim == 1
-
-
-def _check_entries(
-    tensors: Mapping[str, np.ndarray],
-    expected: Mapping[str, _Expected],
-    left_out: Collection[str],
-    file: str | os.PathLike[str],
-) -> None:
-    missing = [name for name in expected if name not in tensors]
-    unused = [name for name in tensors if name not in expected and name not in left_out]
-    other = [
-        f"{name} has the shape {tensors[name].shape}, and {entry.path} needs {entry.shape}"
-        for name, entry in expected.items()
-        if name in tensors and tensors[name].shape != entry.shape
-    ]
-    said = [f"missing: {listed(missing)}"] if missing else []
-    said += [f"not in the network: {listed(unused)}"] if unused else []
-    said += [listed(other)] if other else []
-    if said:
-        raise UserError(f"{os.fspath(file)} does not fit the network: {'; '.join(said)}")
 
 
 def _layer(

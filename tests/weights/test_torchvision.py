@@ -110,7 +110,7 @@ def test_a_classifier_of_other_classes_stays_and_is_said(tmp_path):
         (lambda t: t.update({"head.weight": np.ones((2, 2), "f4")}), r"not in the network: head"),
         (
             lambda t: t.update({"conv1.weight": np.ones((32, 3, 7, 7), "f4")}),
-            r"conv1\.weight has the shape \(32, 3, 7, 7\), and stem/conv needs \(64, 3, 7, 7\)",
+            r"conv1\.weight has the shape \(32, 3, 7, 7\), and the network needs \(64, 3, 7, 7\)",
         ),
     ],
 )
