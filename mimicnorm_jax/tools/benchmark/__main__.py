@@ -1,8 +1,8 @@
-"""How fast a configuration trains and reads, how soon it starts, what its checkpoints cost.
+"""How fast a configuration trains, reads and infers, how soon it starts, what checkpoints cost.
 
 python -m mimicnorm_jax.tools.benchmark step --config configs/cifar100_resnet18.py --batch=64
-python -m mimicnorm_jax.tools.benchmark inference --config configs/cifar100_resnet18.py
 python -m mimicnorm_jax.tools.benchmark input --config configs/cifar100_vgg16.py
+python -m mimicnorm_jax.tools.benchmark inference --config configs/cifar100_vgg16.py --batch=1
 python -m mimicnorm_jax.tools.benchmark startup --config configs/digits_resnet20.py
 python -m mimicnorm_jax.tools.benchmark checkpoint --config configs/cifar10_folder_resnet20.py
 """
@@ -236,7 +236,7 @@ def _checkpoint_cost() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the program; arguments and result as those of ``mimicnorm_jax.main.main``."""
-    programs = {"inference": _inference, "input": _input, "step": _step}
+    programs = {"input": _input, "step": _step, "inference": _inference}
     programs |= {"startup": _startup, "checkpoint": _checkpoint_cost}
     return command_line.run_program(programs, argv=argv)
 
