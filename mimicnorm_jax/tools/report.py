@@ -24,7 +24,9 @@ COMPARED = flags.DEFINE_list(
     "mimicnorm:remat=block; by default batchnorm, mimicnorm, nonorm, and for memory fixup where it "
     "fits. benchmark: also torch:batchnorm and torch:nonorm; ratios are to the first.",
 )
-BATCH = flags.DEFINE_integer("batch", None, "Examples in a step, over all devices; benchmark inference: in a call.", 1)
+BATCH = flags.DEFINE_integer(
+    "batch", None, "Examples in a step, over all devices; benchmark inference: in a call.", 1
+)
 NUM_CLASSES = flags.DEFINE_integer("num-classes", None, "Where the data set does not tell.", 2)
 IMAGES = flags.DEFINE_integer("images", None, "Images (probe: 32, gradient_error: 256).", 2)
 WHICH = flags.DEFINE_enum("which", "best", ("best", "latest"), "Which checkpoint.")
