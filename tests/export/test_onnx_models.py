@@ -12,6 +12,7 @@ from tests.export.test_onnx_graph import (
     IMAGES,
     KERNEL,
     MATRIX,
+    REDUCTIONS,
     TEXT,
     VECTOR,
     _broadcasting,
@@ -118,7 +119,7 @@ def test_later_opsets():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda x: jnp.sort(x), r"no rule for the primitive sort \(.*test_onnx_graph.py:\d+"),
+        (lambda x: jnp.sort(x), r"no rule for the primitive sort \(.*test_onnx_models.py:\d+"),
         (lambda x: lax.while_loop(lambda y: y.sum() < 9, lambda y: y + 1, x), "primitive while"),
         (lambda x: lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x), "no cond whose branch depends"),
         (lambda x: lax.pad(x, 0.0, ((0, 0, 1), (0, 0, 0))), "no pad between elements"),
