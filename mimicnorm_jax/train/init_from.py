@@ -118,7 +118,7 @@ def _new_classifier(class_names: Sequence[str]) -> str:
 
 
 def _folded(config: ConfigDict) -> str:
-    return "" if config.method == "batchnorm" else ", BatchNorms folded into them"
+    return "" if config.method == "batchnorm" else ", BatchNorms folded into the convolutions"
 
 
 def _columns(source: RestoredNetwork, class_names: Sequence[str]) -> list[int] | None:

@@ -271,7 +271,7 @@ def test_torchvisions_weights_and_their_normalization(tiny_config, tmp_path):
     assert experiment.images.mean == (0.485, 0.456, 0.406)
     assert experiment.images.std == (0.229, 0.224, 0.225)
     assert experiment.start.said == (
-        "20 layers, BatchNorms folded into them; a new classifier of 2 classes"
+        "20 layers, BatchNorms folded into the convolutions; a new classifier of 2 classes"
     )
     with pytest.raises(UserError, match=r"config\.init_from = .*stem"):
         set_up(tiny_config(network_options__stem="small", **options, **data))
