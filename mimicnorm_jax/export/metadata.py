@@ -6,7 +6,6 @@ import json
 from typing import Any
 
 from mimicnorm_jax.export.prepared import About, Prepared
-from mimicnorm_jax.train.provenance import versions
 
 FORMAT = 1
 
@@ -19,6 +18,8 @@ def metadata(prepared: Prepared, about: About, difference: float) -> dict[str, A
       about: what is known of it.
       difference: the largest that was found when the file was run.
     """
+    from mimicnorm_jax.train.provenance import versions  # imports what a network does not need
+
     inside = prepared.images.dtype == "uint8"
     return {
         "format": FORMAT,
