@@ -59,12 +59,20 @@ def export_onnx(
     onnx, onnxruntime = _library("onnx"), _library("onnxruntime")
     about = about or About()
     prepared = prepare_as(model, *example, about=about, normalize=normalize, symbolic=symbolic)
-    graph = to_onnx(
-        prepared.function,
-        [prepared.spec],
-        input_names=[INPUT],
-        output_names=list(prepared.output_names),
-    )
+
+    def graph_of(prepared: Prepared) -> Any:
+        outputs = list(prepared.output_names)
+        return to_onnx(
+            prepared.function, [prepared.spec], input_names=[INPUT], output_names=outputs
+        )
+
+    try:
+        graph = graph_of(prepared)
+    except UserError as error:  # such as a window as large as the image
+        if not any(isinstance(extent, str) for extent in prepared.shape[1:]):
+            raise
+        prepared = prepared.of_one_size(str(error))
+        graph = graph_of(prepared)
     run = _runner(onnxruntime, graph.SerializeToString(), prepared)
     difference = compare(prepared, run, "what onnxruntime makes of it")
     for name, text in as_text(metadata(prepared, about, difference)).items():

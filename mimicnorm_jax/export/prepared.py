@@ -80,6 +80,11 @@ class Prepared:
         parts = (part.strip() for part in self.text.split(","))
         return tuple(int(part) if part.isdecimal() else part for part in parts)
 
+    def of_one_size(self, why: str) -> Prepared:
+        """The same with the height and width of its images."""
+        text = _text(("batch", *self.images.shape[1:]))
+        return dataclasses.replace(self, text=text, fixed=_because(why))
+
     def other_images(self) -> np.ndarray | None:
         """Images of another number and, where these are free, of another size; None if none is."""
         if self.shape[0] != "batch":

@@ -39,6 +39,8 @@ def _pool(graph: Graph, equation: Any, tensor: Tensor, kind: str) -> Tensor:
         raise refused(equation, "of sums with gaps")
     if not all(is_static(pad) and pad >= 0 for side in parameters["padding"] for pad in side):
         raise refused(equation, "with padding that is negative or depends on a symbolic extent")
+    if not all(map(is_static, equation.params["window_dimensions"])):
+        raise refused(equation, "with a window as large as a symbolic extent")
     pooled = _pooled_axes(equation)
     if not pooled:
         return tensor
