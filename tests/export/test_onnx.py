@@ -62,7 +62,6 @@ def assert_is(model, file, *inputs):
                 ("resnet18", "mimicnorm", 32, {}, FREE),
                 ("resnet34", "mimicnorm", 32, {}, FREE),
                 ("resnet50", "mimicnorm", 64, LARGE, FREE),
-                ("resnet101", "batchnorm", 32, LARGE, FREE),
                 ("squeezenet", "mimicnorm", 32, {}, FREE),
                 ("shufflenetv2_x1_0", "batchnorm", 32, {}, FREE),
             )
