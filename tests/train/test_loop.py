@@ -145,7 +145,7 @@ def test_a_state_that_a_finite_loss_has_ruined_is_not_kept(tiny_config, tmp_path
 
     ruined = dataclasses.replace(experiment, train_step=train_step)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "set_up_together", lambda _: ruined)
+        patch.setattr(loop, "set_up_together", lambda *_: ruined)
         with pytest.raises(NonFiniteError, match=r"at step 2 .*the checkpoint of step 1 is kept"):
             train(config, tmp_path / "run")
     assert int(last_state(config, tmp_path / "run").step) == 1
@@ -163,7 +163,7 @@ def test_an_infinite_gradient_stops_the_run(tiny_config, tmp_path, monkeypatch):
             return state, metrics | {"gradient_norm": metrics["gradient_norm"] * np.inf}
 
     infinite = dataclasses.replace(experiment, train_step=train_step)
-    monkeypatch.setattr(loop, "set_up_together", lambda _: infinite)
+    monkeypatch.setattr(loop, "set_up_together", lambda *_: infinite)
     with pytest.raises(
         NonFiniteError, match=r"the gradient norm is inf at step 1.*no step is kept"
     ):

@@ -16,7 +16,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny_config, tmp_path)
     config = tiny_config(network="mlp", max_steps=6, on_nonfinite="skip", log_every=1)
     experiment, bad_batch = poisoned(config, {2, 4})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "set_up_together", lambda _: experiment)
+        patch.setattr(loop, "set_up_together", lambda *_: experiment)
         got = loop.train(config, tmp_path / "run")
     assert got["skipped_steps"] == 2 and got["steps"] == 6
     logged = rows(tmp_path / "run")
@@ -43,7 +43,7 @@ def test_more_skipped_steps_than_the_limit_end_the_run(tiny_config, tmp_path):
     config = tiny_config(network="mlp", max_steps=9, on_nonfinite="skip", skip_limit=1)
     experiment, _ = poisoned(config, {2, 4, 5})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "set_up_together", lambda _: experiment)
+        patch.setattr(loop, "set_up_together", lambda *_: experiment)
         with pytest.raises(RunError, match=r"2 steps were skipped \(config.skip_limit\).* step 5"):
             loop.train(config, tmp_path / "run")
 

@@ -32,8 +32,8 @@ def calls(monkeypatch):
     """Makes runs do four steps a call; the number of steps of each call."""
     counts = []
 
-    def forced(config):
-        experiment = dataclasses.replace(set_up(config), steps_per_call=4)
+    def forced(config, workdir=None):
+        experiment = dataclasses.replace(set_up(config, workdir), steps_per_call=4)
         original = experiment.several_steps
 
         def several_steps(state, batches, count):
