@@ -140,11 +140,13 @@ def prepare(
         where the network allows it.
 
     Raises:
-      UserError: images of another type or without a batch; outputs that are no floats; a folded
-        network that computes something else than the one given.
+      UserError: images of another type; a folded network that computes something else than the one
+        given.
     """
     *variables, images = example
     images = np.asarray(images)
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        images = images.astype(np.float32)  # NumPy normalizes to float64
     given = _normalized(images, mean, std)
     if isinstance(model, nnx.Module):
         model = copied(model)

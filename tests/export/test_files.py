@@ -138,6 +138,12 @@ def test_narrow_networks_leave_in_float32(dtype, tmp_path):
     assert {leaf.dtype for leaf in leaves} == {np.dtype(np.float32)}
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float16])
+def test_images_of_other_floats_are_taken_as_float32(dtype):
+    prepared = prepare(model_of("mlp"), normalized(pixels()).astype(dtype))
+    assert prepared.images.dtype == prepared.spec.dtype == np.float32
+
+
 @pytest.mark.parametrize("write", [export_stablehlo, export_safetensors])
 def test_what_differs_is_not_kept(write, monkeypatch, tmp_path):
     before = (tmp_path / "kept").with_suffix(".stablehlo")
