@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -52,7 +53,8 @@ class Prepared:
 
     Attributes:
       network: folded, with parameters in float32.
-      function: images to outputs; its weights are constants.
+      of_weights: weights and images to outputs.
+      weights: of the network, by their paths, such as ``"blocks.0.branch.0.conv.kernel"``.
       expected: outputs of the network as it was given, of the same images.
       images: examples ``(B, H, W, C)``: normalized, or uint8 where the function normalizes.
       text: the shape of the input as ``jax.export.symbolic_shape`` takes it, such as
@@ -62,12 +64,18 @@ class Prepared:
     """
 
     network: nnx.Module
-    function: Callable[[jax.Array], Any]
+    of_weights: Callable[[Mapping[str, Any], Any], Any]
+    weights: dict[str, jax.Array]
     expected: list[np.ndarray]
     images: np.ndarray
     text: str
     output_names: tuple[str, ...]
     fixed: str = ""
+
+    @property
+    def function(self) -> Callable[[Any], Any]:
+        """Images to outputs; the weights are constants."""
+        return functools.partial(self.of_weights, self.weights)
 
     @property
     def spec(self) -> jax.ShapeDtypeStruct:
@@ -156,16 +164,17 @@ def prepare(
     _to_float32(network)
     # How a Linen network is told to evaluate, only its writer knows: there the folded one stands.
     expected = _outputs_of_module(model if isinstance(model, nnx.Module) else network, given)
-    plain = as_function(network)
+    plain, weights = as_function(network)
 
-    def function(x: jax.Array) -> Any:
-        return plain(_normalized(x, mean, std))
+    def of_weights(weights: Mapping[str, Any], x: Any) -> Any:
+        return plain(weights, _normalized(x, mean, std))
 
+    function = functools.partial(of_weights, weights)
     found = _outputs_of(function, images)
     check_agreement(found, expected, "the folded network")
     text, fixed = _free_shape(function, images) if symbolic else (_text(images.shape), "")
     names = _output_names(jax.eval_shape(function, jnp.asarray(images)))
-    return Prepared(network, function, expected, images, text, names, fixed)
+    return Prepared(network, of_weights, weights, expected, images, text, names, fixed)
 
 
 def check_agreement(
@@ -237,16 +246,29 @@ def _normalized(images: Any, mean: Sequence[float] | None, std: Sequence[float] 
     return normalize(images, mean=mean, std=std, dtype=jnp.dtype(jnp.float32))
 
 
-def as_function(network: nnx.Module) -> Callable[[Any], Any]:
-    """A network, with the weights that it has now, as a function that may be traced anywhere."""
-    graph, state = nnx.split(network)
+def as_function(
+    network: nnx.Module,
+) -> tuple[Callable[[Mapping[str, Any], Any], Any], dict[str, jax.Array]]:
+    """A network as a function of its weights and images, and the weights, by their paths.
 
-    def function(x: Any) -> Any:
+    Only numbers are weights: what else the network keeps, such as a counter, stays in the function.
+    """
+    graph, state, *others = nnx.split(network, _is_weight, ...)
+    variables = {".".join(map(str, path)): (path, node) for path, node in nnx.to_flat_state(state)}
+
+    def function(weights: Mapping[str, Any], x: Any) -> Any:
+        given = nnx.from_flat_state(
+            [(path, node.replace(weights[name])) for name, (path, node) in variables.items()]
+        )
         # A module of another trace cannot be taken apart, as nnx.scan in a network does.
-        model: Any = nnx.merge(graph, state, copy=True)
+        model: Any = nnx.merge(graph, given, *others, copy=True)
         return model(x)
 
-    return function
+    return function, {name: node[...] for name, (_, node) in variables.items()}
+
+
+def _is_weight(path: Any, node: Any) -> bool:
+    return isinstance(node, nnx.Variable) and jnp.issubdtype(node[...].dtype, jnp.floating)
 
 
 def _outputs_of(function: Callable[[Any], Any], images: Any) -> list[np.ndarray]:
@@ -271,8 +293,8 @@ def _to_float32(network: nnx.Module) -> None:
     for module in modules:
         if _computes_in_another_type(module):
             module.dtype = jnp.float32
-    for _, node in nnx.iter_graph(network):
-        if isinstance(node, nnx.Variable) and jnp.issubdtype(node[...].dtype, jnp.floating):
+    for path, node in nnx.iter_graph(network):
+        if _is_weight(path, node):
             node.set_value(jnp.asarray(node[...], jnp.float32))
 
 

@@ -22,7 +22,7 @@ from mimicnorm_jax.export.metadata import metadata
 from mimicnorm_jax.export.model_card import model_card
 from mimicnorm_jax.export.prepared import About, as_function, compare, prepare_as
 from mimicnorm_jax.export.written import Exported
-from mimicnorm_jax.weights.files import check_shapes, listed, read_tensors
+from mimicnorm_jax.weights.files import check_shapes, listed, read_safetensors
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -55,10 +55,6 @@ def export_safetensors(
       UserError: the images do not fit; safetensors is missing; ``folder`` has other files; or what
         was read back differs. Then nothing is written.
     """
-    try:
-        numpy = importlib.import_module("safetensors.numpy")
-    except ImportError as error:
-        raise UserError('this needs safetensors: pip install "mimicnorm-jax[export]"') from error
     path = pathlib.Path(folder)
     _check_folder(path)
     about = about or About()
@@ -66,13 +62,10 @@ def export_safetensors(
     with refused_by_system(f"{path} cannot be written"):
         temporary = pathlib.Path(tempfile.mkdtemp(prefix=".export-", dir=path.absolute().parent))
         try:
-            # safetensors writes the memory of a view: a transposed one would come back scrambled
-            arrays = {k: np.ascontiguousarray(v[...]) for k, v in _arrays(prepared.network).items()}
-            # not save_file, which lets only its owner read the file
-            content = numpy.save(arrays, metadata={"format": "flax"})
-            (temporary / WEIGHTS).write_bytes(content)
+            arrays = {name: value[...] for name, value in _arrays(prepared.network).items()}
+            (temporary / WEIGHTS).write_bytes(as_safetensors(arrays))
             load_safetensors(prepared.network, temporary)
-            difference = compare(prepared, _runner(as_function(prepared.network)), str(path))
+            difference = compare(prepared, _runner(*as_function(prepared.network)), str(path))
             values = _config(metadata(prepared, about, difference) | {"build": about.build})
             (temporary / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
             (temporary / _CARD).write_text(model_card(path.absolute().name, values))
@@ -83,6 +76,23 @@ def export_safetensors(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return Exported(path, prepared.shape, difference, prepared.fixed)
+
+
+def as_safetensors(arrays: Mapping[str, Any]) -> bytes:
+    """Arrays by their names as the content of a file.
+
+    Raises:
+      UserError: safetensors is missing.
+    """
+    try:
+        numpy = importlib.import_module("safetensors.numpy")
+    except ImportError as error:
+        raise UserError('this needs safetensors: pip install "mimicnorm-jax[export]"') from error
+    # It writes the memory of a view: a transposed one would come back scrambled. And not its
+    # save_file, which lets only its owner read the file.
+    whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    content: bytes = numpy.save(whole, metadata={"format": "flax"})
+    return content
 
 
 def load_safetensors(network: nnx.Module, folder: str | os.PathLike[str]) -> None:
@@ -102,7 +112,7 @@ def load_safetensors(network: nnx.Module, folder: str | os.PathLike[str]) -> Non
         it was.
     """
     path = pathlib.Path(folder) / WEIGHTS
-    tensors, arrays = read_tensors(path), _arrays(network)
+    tensors, arrays = read_safetensors(path), _arrays(network)
     check_shapes(tensors, {name: value[...].shape for name, value in arrays.items()}, str(path))
     for name, variable in arrays.items():
         variable[...] = jnp.asarray(tensors[name], variable[...].dtype)
@@ -117,9 +127,9 @@ def _arrays(network: nnx.Module) -> dict[str, Any]:
     }
 
 
-def _runner(function: Any) -> Any:
+def _runner(function: Any, weights: Any) -> Any:
     compiled = jax.jit(function)
-    return lambda images: [np.asarray(leaf) for leaf in jax.tree.leaves(compiled(images))]
+    return lambda images: [np.asarray(leaf) for leaf in jax.tree.leaves(compiled(weights, images))]
 
 
 def _config(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,9 +17,12 @@ from mimicnorm_jax.convert.linen_network import LinenNetwork
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.export.metadata import metadata
 from mimicnorm_jax.export.prepared import About, Prepared, compare, prepare_as
+from mimicnorm_jax.export.safetensors import as_safetensors
 from mimicnorm_jax.export.written import Exported, written
+from mimicnorm_jax.weights.files import read_safetensors
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+WEIGHTS = ("inside", "beside")
 
 
 def export_stablehlo(
@@ -29,6 +32,7 @@ def export_stablehlo(
     about: About | None = None,
     normalize: bool = False,
     symbolic: bool = True,
+    weights: str = "inside",
     platforms: Sequence[str] = PLATFORMS,
 ) -> Exported:
     """Writes the folded network with its weights as a program of ``jax.export``.
@@ -38,7 +42,12 @@ def export_stablehlo(
       program = jax.export.deserialize(bytearray(open("model.stablehlo", "rb").read()))
       logits = program.call(images)
 
-    Beside it, ``model.stablehlo.json`` has the metadata.
+    Beside it, ``model.stablehlo.json`` has the metadata. XLA reads weights inside a program one
+    by one whenever it compiles it, a second for every ten million. Beside it they cost nothing::
+
+      weights = safetensors.numpy.load_file("model.stablehlo.safetensors")
+      weights = jax.device_put(weights)
+      logits = program.call(weights, images)
 
     Args:
       model: as for ``fold``.
@@ -51,32 +60,42 @@ def export_stablehlo(
       symbolic: leave the batch, and height and width as multiples of the stride, free where the
         network allows it. Such a file is for JAX from the version that wrote it on; one of fixed
         extents also for earlier ones.
+      weights: ``"inside"`` the program, or ``"beside"`` it, as its first argument: a dictionary by
+        their names, in a file of safetensors.
       platforms: on which it can be run.
 
     Returns:
       What was written.
 
     Raises:
-      UserError: the images do not fit; flatbuffers is missing; the program cannot be made or
-        differs from the network by more than 1e-4 of its outputs. Then nothing is written.
+      UserError: the images do not fit; flatbuffers or safetensors is missing; the program cannot
+        be made, or differs from the network by more than 1e-4 of its outputs. Then nothing is
+        written.
     """
+    if weights not in WEIGHTS:
+        raise UserError(f"weights={weights!r}; allowed: {', '.join(WEIGHTS)}")
+    beside = weights == "beside"
     about = about or About()
     prepared = prepare_as(model, *example, about=about, normalize=normalize, symbolic=symbolic)
     path = pathlib.Path(file)
-    program = _program(prepared, platforms)
-    with written(path, path.with_name(path.name + ".json")) as (content, sidecar):
+    program = _program(prepared, beside, platforms)
+    suffixes = ("", ".json", ".safetensors") if beside else ("", ".json")
+    with written(*(path.with_name(path.name + suffix) for suffix in suffixes)) as files:
+        content, sidecar = files[:2]
         content.write_bytes(program)
-        difference = compare(prepared, _runner(content), str(path))
+        for file_of_weights in files[2:]:
+            file_of_weights.write_bytes(as_safetensors(prepared.weights))
+        difference = compare(prepared, _runner(content, *files[2:]), str(path))
         values = metadata(prepared, about, difference) | {"platforms": list(platforms)}
-        sidecar.write_text(json.dumps(values, indent=2) + "\n")
+        sidecar.write_text(json.dumps(values | {"weights": weights}, indent=2) + "\n")
     return Exported(path, prepared.shape, difference, prepared.fixed)
 
 
-def _program(prepared: Prepared, platforms: Sequence[str]) -> bytes:
+def _program(prepared: Prepared, beside: bool, platforms: Sequence[str]) -> bytes:
+    function: Any = prepared.of_weights if beside else prepared.function
+    arguments = [prepared.weights, prepared.spec] if beside else [prepared.spec]
     try:
-        exported = export.export(jax.jit(prepared.function), platforms=tuple(platforms))(
-            prepared.spec
-        )
+        exported = export.export(jax.jit(function), platforms=tuple(platforms))(*arguments)
         return bytes(exported.serialize())
     except ImportError as error:
         raise UserError(
@@ -84,6 +103,11 @@ def _program(prepared: Prepared, platforms: Sequence[str]) -> bytes:
         ) from error
 
 
-def _runner(path: pathlib.Path) -> Any:
+def _runner(path: pathlib.Path, *weights: pathlib.Path) -> Any:
     program = export.deserialize(bytearray(path.read_bytes()))
-    return lambda images: [np.asarray(leaf) for leaf in jax.tree.leaves(program.call(images))]
+    given = [read_safetensors(file) for file in weights]
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(program.call(*given, images))]
+
+    return run

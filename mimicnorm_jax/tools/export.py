@@ -30,6 +30,7 @@ from mimicnorm_jax.export import (
     export_stablehlo,
 )
 from mimicnorm_jax.export.rebuilt import fields_to_build, is_export
+from mimicnorm_jax.export.stablehlo import WEIGHTS
 from mimicnorm_jax.parallel import make_mesh
 from mimicnorm_jax.tools.predict import images_in
 from mimicnorm_jax.tools.report import WHICH
@@ -47,6 +48,12 @@ _NORMALIZE = flags.DEFINE_bool(
 )
 _STATIC = flags.DEFINE_bool(
     "static", False, "onnx, stablehlo: one image of the size of the run's, for what needs that."
+)
+_WEIGHTS = flags.DEFINE_enum(
+    "weights",
+    "inside",
+    WEIGHTS,
+    "stablehlo: inside the program, or beside it in a file of safetensors.",
 )
 _MOST = 16  # images to compare on
 
@@ -102,6 +109,7 @@ def export_run(
     which: Any = "best",
     inside: bool = False,
     symbolic: bool = True,
+    weights: str = "inside",
     images: Sequence[pathlib.Path] = (),
 ) -> Exported:
     """Exports the network of a run.
@@ -113,6 +121,7 @@ def export_run(
       which: the checkpoint.
       inside: normalize images inside the file, which then takes uint8.
       symbolic: leave the batch, height and width free where the network allows it.
+      weights: of stablehlo, as ``export_stablehlo`` takes them.
       images: to compare on, in the place of ``photographs``.
 
     Raises:
@@ -135,8 +144,9 @@ def export_run(
     if kind == "safetensors":
         return export_safetensors(network.model, given, folder=out, **options)
     options |= {"normalize": inside, "symbolic": symbolic}
-    write = export_onnx if kind == "onnx" else export_stablehlo
-    return write(network.model, given, file=out, **options)
+    if kind == "onnx":
+        return export_onnx(network.model, given, file=out, **options)
+    return export_stablehlo(network.model, given, file=out, weights=weights, **options)
 
 
 def _run(run: str = "", *images: str) -> None:
@@ -148,6 +158,8 @@ def _run(run: str = "", *images: str) -> None:
         raise UserError(f"--{missing} is missing: RUN --format=onnx --out=network.onnx")
     if kind == "safetensors" and (_NORMALIZE.value or _STATIC.value):
         raise UserError("--normalize and --static go with onnx and stablehlo")
+    if kind != "stablehlo" and _WEIGHTS.value != "inside":
+        raise UserError("--weights=beside goes with stablehlo")
     folder = pathlib.Path(run).expanduser()
     if not is_export(folder):
         configure_jax(saved_config(folder))
@@ -159,6 +171,7 @@ def _run(run: str = "", *images: str) -> None:
         which=WHICH.value,
         inside=_NORMALIZE.value,
         symbolic=not _STATIC.value,
+        weights=_WEIGHTS.value,
         images=images_in(images),
     )
     print(exported)

@@ -43,11 +43,10 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         a library that is not installed.
     """
     file = pathlib.Path(path)
-    with refused_by_system(f"{file} cannot be read"):
-        file.open("rb").close()
+    _check_readable(file)
     if file.suffix not in SUFFIXES:
         raise unknown("suffix of a file of weights", file.suffix, SUFFIXES)
-    content = _read_torch(file) if file.suffix in TORCH_SUFFIXES else _read_safetensors(file)
+    content = _read_torch(file) if file.suffix in TORCH_SUFFIXES else read_safetensors(file)
     tensors = _without_prefixes(_state_dict(content, file))
     try:
         return {name: _array(tensor) for name, tensor in tensors.items()}
@@ -89,16 +88,29 @@ def listed(names: Iterable[str], *, separator: str = ", ") -> str:
     return separator.join(every[:_LISTED]) + more
 
 
-def _read_safetensors(file: pathlib.Path) -> Mapping[str, Any]:
+def read_safetensors(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
+    """The arrays of a file of safetensors, as they are, by the names that they have there.
+
+    Raises:
+      UserError: the file is missing or damaged, or safetensors is not installed.
+    """
+    file = pathlib.Path(path)
+    _check_readable(file)
     try:
         numpy = importlib.import_module("safetensors.numpy")
     except ImportError as error:
         raise UserError(f'{file} needs safetensors: pip install "mimicnorm-jax[export]"') from error
     importlib.import_module("ml_dtypes")  # gives NumPy the type bfloat16, by its name
     try:
-        return numpy.load_file(file)
+        arrays: dict[str, np.ndarray] = numpy.load_file(file)
+        return arrays
     except Exception as error:  # also TypeError and AttributeError, of types NumPy does not have
         raise UserError(f"{file} is damaged or no safetensors: {first_line(error)}") from error
+
+
+def _check_readable(file: pathlib.Path) -> None:
+    with refused_by_system(f"{file} cannot be read"):
+        file.open("rb").close()
 
 
 def _read_torch(file: pathlib.Path) -> Any:

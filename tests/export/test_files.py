@@ -122,6 +122,29 @@ def test_stablehlo_needs_neither_flax_nor_this_package(tmp_path):
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("symbolic", [True, False])
+def test_weights_beside_the_program(symbolic, tmp_path):
+    model, file = model_of("vgg11", size=32), tmp_path / "network.stablehlo"
+    x = normalized(pixels(2, 32))
+    export_stablehlo(model, x, file=file, weights="beside", symbolic=symbolic)
+    weights = load_file(tmp_path / "network.stablehlo.safetensors")
+    assert file.stat().st_size < sum(array.nbytes for array in weights.values()) / 10
+    assert json.loads((tmp_path / "network.stablehlo.json").read_text())["weights"] == "beside"
+    program = jax.export.deserialize(bytearray(file.read_bytes()))
+    expected = evaluated(model, x)
+    tolerance = 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(program.call(weights, x), expected, atol=tolerance)
+    halved = weights | {name: weights[name] / 2 for name in list(weights)[-2:]}
+    assert np.abs(program.call(halved, x) - expected).max() > 1e3 * tolerance
+
+
+def test_weights_are_inside_or_beside(tmp_path):
+    with pytest.raises(UserError, match=r"weights='near'; allowed: inside, beside"):
+        export_stablehlo(
+            model_of("mlp"), normalized(pixels()), file=tmp_path / "n.stablehlo", weights="near"
+        )
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_networks_leave_in_float32(dtype, tmp_path):
     class Narrow(nnx.Module):
@@ -234,6 +257,21 @@ def test_weights_come_back_into_an_own_network(tmp_path):
         load_safetensors(plain, tmp_path / "out")
     export_safetensors(model, x, folder=tmp_path / "out")  # an earlier export is replaced
     assert "a, b, c" not in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_weights_whose_names_all_begin_alike_come_back(tmp_path):
+    class Wrapped(nnx.Module):
+        def __init__(self, rngs):
+            self.module = nnx.Linear(3, 7, rngs=rngs)  # files of PyTorch's wrappers begin so
+
+        def __call__(self, x):
+            return self.module(x.mean((1, 2)))
+
+    model, x = Wrapped(nnx.Rngs(0)), normalized(pixels())
+    export_safetensors(model, x, folder=tmp_path / "out")
+    other = Wrapped(nnx.Rngs(1))
+    load_safetensors(other, tmp_path / "out")
+    np.testing.assert_allclose(other(x), model(x), atol=1e-6)
 
 
 def test_linen_networks_leave_too(tmp_path):

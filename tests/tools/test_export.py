@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file
 
 import mimicnorm_jax
 from mimicnorm_jax.errors import UserError
@@ -70,12 +71,14 @@ def test_stablehlo_of_a_run(runs, tmp_path, capsys):
     photo = tmp_path / "photo.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)).save(photo)
     arguments = [str(runs["mimicnorm"]), str(photo), "--format=stablehlo", f"--out={out}"]
-    assert export.main([*arguments, "--normalize", "--static"]) == 0
+    assert export.main([*arguments, "--normalize", "--static", "--weights=beside"]) == 0
     assert "images (1, 8, 8, 3)" in capsys.readouterr().out
     program = jax.export.deserialize(bytearray(out.read_bytes()))
     network = mimicnorm_jax.load(runs["mimicnorm"])
     pixels = network.preprocess(photo)[None]
-    np.testing.assert_allclose(program.call(pixels), network.logits(pixels), atol=1e-5)
+    weights = load_file(tmp_path / "network.stablehlo.safetensors")
+    found = program.call(weights, pixels)
+    np.testing.assert_allclose(found, network.logits(pixels), atol=1e-5)
     said = json.loads((tmp_path / "network.stablehlo.json").read_text())
     assert said["run"]["network"] == "resnet8" and said["run"]["method"] == "mimicnorm"
     assert said["classes"] == list("abcd")
@@ -89,6 +92,7 @@ def test_stablehlo_of_a_run(runs, tmp_path, capsys):
         ([], "say which run"),
         (["RUN"], "--format is missing"),
         (["RUN", "--format=onnx"], "--out is missing"),
+        (["RUN", "--format=onnx", "--out=a", "--weights=beside"], "goes with stablehlo"),
         (["nowhere", "--format=onnx", "--out=a"], "nowhere does not exist"),
         (["RUN", "--format=safetensors", "--out=a", "--normalize"], "go with onnx and stablehlo"),
         (["RUN", "nothing.jpg", "--format=stablehlo", "--out=a"], "'nothing.jpg' does not exist"),
