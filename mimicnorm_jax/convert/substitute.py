@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from flax import nnx
 
@@ -37,7 +37,11 @@ def substitute(root: nnx.Module, replacements: Mapping[int, nnx.Module]) -> None
                 seen.add(id(value))
                 for name, part in list(vars(value).items()):
                     new = part if str(name).startswith("_pytree__") else visit(part)
-                    if new is not part:
+                    if new is part:
+                        continue
+                    if isinstance(name, int):  # of a list, in older versions of Flax
+                        cast("Any", value)[name] = new
+                    else:
                         setattr(value, name, new)
             return replacements.get(id(value), value)
         if type(value) is list:
