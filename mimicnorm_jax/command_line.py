@@ -53,7 +53,11 @@ def given(argv: list[str], name: str) -> str | None:
     return value
 
 
-def _parse(argv: list[str], saved_in: Callable[[list[str]], str | None] | None) -> list[str]:
+#: From the command line to the folder of the run whose configuration is meant.
+SavedIn = Callable[[list[str]], str | None]
+
+
+def _parse(argv: list[str], saved_in: SavedIn | None) -> list[str]:
     """Parses the command line; what is wrong with it is a ``UserError``, never a traceback."""
     try:
         argv = [argv[0], *flags.FLAGS.read_flags_from_files(argv[1:])]
@@ -63,6 +67,8 @@ def _parse(argv: list[str], saved_in: Callable[[list[str]], str | None] | None) 
         argv = [argv[0], f"--config={_SAVED_CONFIG}:{run}", *argv[1:]]
     for argument in argv[1:]:
         name = argument.lstrip("-").partition("=")[0]
+        if name.startswith("config.") and given(argv, "config") is None:
+            raise _config_is_missing(saved_in)
         if name.startswith("config.") and name.removeprefix("config.") not in FIELDS:
             raise unknown("field", f"--{name}", [f"--config.{field}" for field in FIELDS])
     argv, path = list(argv), None
@@ -88,6 +94,11 @@ def _parse(argv: list[str], saved_in: Callable[[list[str]], str | None] | None) 
     return rest
 
 
+def _config_is_missing(saved_in: SavedIn | None) -> UserError:
+    instead = "; or --workdir=RUN of a run that was begun" if saved_in else ""
+    return UserError(f"--config is missing; for example --config digits_resnet20{instead}")
+
+
 def _reject_arguments(arguments: list[str]) -> None:
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; flags are written --name=value")
@@ -100,7 +111,7 @@ def run_program(
     program: Program | Mapping[str, Program],
     *,
     without_config: Collection[str] = (),
-    saved_in: Callable[[list[str]], str | None] | None = None,
+    saved_in: SavedIn | None = None,
     takes_arguments: bool = False,
     argv: Sequence[str] | None = None,
 ) -> int:
@@ -123,7 +134,6 @@ def run_program(
     Returns:
       The exit code.
     """
-    instead = "; or --workdir=RUN of a run that was begun" if saved_in else ""
     programs = program if isinstance(program, Mapping) else {"": program}
 
     def parse(argv: list[str]) -> list[str]:
@@ -138,7 +148,7 @@ def run_program(
             if _CONFIG.value is not None:
                 raise UserError(f"{name or 'this program'} takes no --config")
         elif _CONFIG.value is None:
-            raise UserError("--config is missing; for example --config digits_resnet20" + instead)
+            raise _config_is_missing(saved_in)
         if not takes_arguments:
             _reject_arguments(rest)
         return [argv[0], name, *rest]

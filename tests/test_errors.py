@@ -42,6 +42,9 @@ CASES = {
         config=None,
     ),
     "no config": Case([], "--config is missing", config=None),
+    "no config but fields": Case(
+        ["--workdir={tmp}/none", "--config.max_steps=6"], "--config is missing", config=None
+    ),
     "no such config": Case([], "there is no such file", config="configs/digits_resnet21.py"),
     "config that raises": Case([], "failed: AttributeError", config="{tmp}/raises.py"),
     "config of another field": Case([], "failed: AttributeError", config="{tmp}/unknown.py"),

@@ -308,7 +308,11 @@ def test_a_run_is_evaluated_and_resumed_without_repeating_its_fields(run_main, t
     assert done.returncode == 2 and "config.seed (3 there, 4 now)" in done.stderr
     for folder, message in [
         (tmp_path / "none", "does not exist"),
-        (tmp_path, "is not the folder of a run: it has no config.json"),
+        (tmp_path, "it has no config.json; there are runs in it: " + workdir.name),
+        (
+            workdir / "summary.json",
+            f"is a file, not the folder of a run; give its folder, {workdir}",
+        ),
     ]:
         done = run_main("--mode=eval", f"--workdir={folder}")
         assert done.returncode == 2 and message in done.stderr

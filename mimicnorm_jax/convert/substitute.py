@@ -35,7 +35,8 @@ def substitute(root: nnx.Module, replacements: Mapping[int, nnx.Module]) -> None
         if isinstance(value, nnx.Module):
             if id(value) not in seen:
                 seen.add(id(value))
-                for name, part in list(vars(value).items()):
+                attributes: dict[Any, Any] = vars(value)
+                for name, part in list(attributes.items()):
                     new = part if str(name).startswith("_pytree__") else visit(part)
                     if new is part:
                         continue

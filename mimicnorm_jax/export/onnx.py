@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from mimicnorm_jax.convert.linen_network import LinenNetwork
 from mimicnorm_jax.errors import UserError, first_line
 from mimicnorm_jax.export.metadata import as_text, metadata
 from mimicnorm_jax.export.prepared import About, Prepared, compare, prepare_as
-from mimicnorm_jax.export.written import Exported, written
+from mimicnorm_jax.export.written import SUFFIXES, Exported, check_suffix, written
 
 INPUT = "images"
 
@@ -56,32 +57,42 @@ def export_onnx(
     """
     from mimicnorm_jax.export.onnx_graph import to_onnx  # many rules, which few imports need
 
+    path = pathlib.Path(file)
+    check_suffix(path, SUFFIXES["onnx"])
     onnx, onnxruntime = _library("onnx"), _library("onnxruntime")
     about = about or About()
     prepared = prepare_as(model, *example, about=about, normalize=normalize, symbolic=symbolic)
 
-    def graph_of(prepared: Prepared) -> Any:
+    def attempt(prepared: Prepared) -> tuple[Any, Any]:
         outputs = list(prepared.output_names)
-        return to_onnx(
+        graph = to_onnx(
             prepared.function, [prepared.spec], input_names=[INPUT], output_names=outputs
         )
+        return graph, _runner(onnxruntime, graph.SerializeToString(), prepared)
 
-    try:
-        graph = graph_of(prepared)
-    except UserError as error:  # such as a window as large as the image
-        if not any(isinstance(extent, str) for extent in prepared.shape[1:]):
-            raise
-        prepared = prepared.of_one_size(str(error))
-        graph = graph_of(prepared)
-    run = _runner(onnxruntime, graph.SerializeToString(), prepared)
+    (graph, run), prepared = _freest(attempt, prepared)
     difference = compare(prepared, run, "what onnxruntime makes of it")
     for name, text in as_text(metadata(prepared, about, difference)).items():
         graph.metadata_props.add(key=name, value=text)
-    path = pathlib.Path(file)
     with written(path) as (content,):
         onnx.save(graph, content)
         compare(prepared, _runner(onnxruntime, content.read_bytes(), prepared), str(path))
     return Exported(path, prepared.shape, difference, prepared.fixed)
+
+
+def _freest(attempt: Callable[[Prepared], Any], prepared: Prepared) -> tuple[Any, Prepared]:
+    """What an attempt makes of the freest extents with which it succeeds, and these."""
+    first: UserError | None = None
+    for candidate in prepared.less_free():
+        try:
+            return attempt(candidate), candidate
+        except UserError as error:  # padding that depends on the extent, or a window as large
+            first = first or error
+    assert first is not None
+    if not any(isinstance(extent, str) for extent in prepared.shape[1:]):
+        raise first
+    prepared = prepared.of_one_size(str(first))
+    return attempt(prepared), prepared
 
 
 def _library(name: str) -> Any:

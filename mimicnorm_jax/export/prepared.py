@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -45,6 +46,24 @@ class About:
     resize: int | None = None
     run: dict[str, Any] = dataclasses.field(default_factory=dict)
     build: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Brings what NumPy and JAX made to the types of Python, as JSON has them."""
+        plain = {
+            "classes": tuple(map(str, self.classes)),
+            "temperature": None if self.temperature is None else float(self.temperature),
+            **{
+                name: None if values is None else tuple(map(float, values))
+                for name, values in (("mean", self.mean), ("std", self.std))
+            },
+            "run": json.loads(json.dumps(dict(self.run), default=_of_python)),
+        }
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
+
+def _of_python(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +112,18 @@ class Prepared:
         text = _text(("batch", *self.images.shape[1:]))
         return dataclasses.replace(self, text=text, fixed=_because(why))
 
+    def less_free(self) -> Iterator[Prepared]:
+        """The same, and then with height and width as multiples of larger strides only."""
+        yield self
+        height, width = self.shape[1:3] if len(self.shape) == 4 else (0, 0)
+        if not isinstance(height, str) or not isinstance(width, str):
+            return
+        now = int(height.partition("*")[0]) if "*" in height else 1
+        for stride in _STRIDES:
+            if stride > now and not any(extent % stride for extent in self.images.shape[1:3]):
+                free = ("batch", _times(stride, "height"), _times(stride, "width"), self.shape[3])
+                yield dataclasses.replace(self, text=_text(free))
+
     def other_images(self) -> np.ndarray | None:
         """Images of another number and, where these are free, of another size; None if none is."""
         if self.shape[0] != "batch":
@@ -121,11 +152,19 @@ def prepare_as(
     """
     if normalize and (about.mean is None or about.std is None):
         raise UserError("normalize=True needs mean and std: about=About(mean=..., std=...)")
+    if not all(0 <= value <= 1 for value in about.mean or ()) or not all(
+        0 < value <= 1 for value in about.std or ()
+    ):
+        raise UserError(
+            f"mean = {about.mean} and std = {about.std} are not in units of 1; allowed: 0 to 1, of "
+            "pixels divided by 255"
+        )
     mean, std = (about.mean, about.std) if normalize else (None, None)
     prepared = prepare(model, *example, mean=mean, std=std, symbolic=symbolic)
-    outputs = prepared.expected[0].shape[-1]
-    if about.classes and len(about.classes) != outputs:
-        raise UserError(f"{len(about.classes)} classes were given, and there are {outputs} logits")
+    sizes = [output.shape[-1] for output in prepared.expected if output.ndim > 1]
+    if about.classes and len(about.classes) not in sizes:
+        said = " or ".join(map(str, sizes)) or "no"
+        raise UserError(f"{len(about.classes)} classes were given, and there are {said} logits")
     return prepared
 
 
@@ -153,6 +192,8 @@ def prepare(
     """
     *variables, images = example
     images = np.asarray(images)
+    if not images.size:
+        raise UserError(f"the examples, of shape {images.shape}, have no image to compare on")
     if jnp.issubdtype(images.dtype, jnp.floating):
         images = images.astype(np.float32)  # NumPy normalizes to float64
     given = _normalized(images, mean, std)
@@ -235,7 +276,7 @@ def _normalized(images: Any, mean: Sequence[float] | None, std: Sequence[float] 
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise UserError(
                 f"images of type {images.dtype}; allowed: normalized ones in float32, or uint8 "
-                "with mean and std"
+                "with normalize=True, mean and std"
             )
         return images
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != len(mean):
@@ -253,7 +294,7 @@ def as_function(
 
     Only numbers are weights: what else the network keeps, such as a counter, stays in the function.
     """
-    graph, state, *others = nnx.split(network, _is_weight, ...)
+    graph, state, *others = nnx.split(network, is_weight, ...)
     variables = {".".join(map(str, path)): (path, node) for path, node in nnx.to_flat_state(state)}
 
     def function(weights: Mapping[str, Any], x: Any) -> Any:
@@ -267,7 +308,8 @@ def as_function(
     return function, {name: node[...] for name, (_, node) in variables.items()}
 
 
-def _is_weight(path: Any, node: Any) -> bool:
+def is_weight(path: Any, node: Any) -> bool:
+    """Whether a node of a network, as ``nnx.iter_graph`` gives them, is a variable of floats."""
     return isinstance(node, nnx.Variable) and jnp.issubdtype(node[...].dtype, jnp.floating)
 
 
@@ -294,7 +336,7 @@ def _to_float32(network: nnx.Module) -> None:
         if _computes_in_another_type(module):
             module.dtype = jnp.float32
     for path, node in nnx.iter_graph(network):
-        if _is_weight(path, node):
+        if is_weight(path, node):
             node.set_value(jnp.asarray(node[...], jnp.float32))
 
 

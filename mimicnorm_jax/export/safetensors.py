@@ -20,7 +20,7 @@ from mimicnorm_jax.convert.linen_network import LinenNetwork
 from mimicnorm_jax.errors import UserError, refused_by_system
 from mimicnorm_jax.export.metadata import metadata
 from mimicnorm_jax.export.model_card import model_card
-from mimicnorm_jax.export.prepared import About, as_function, compare, prepare_as
+from mimicnorm_jax.export.prepared import About, as_function, compare, is_weight, prepare_as
 from mimicnorm_jax.export.written import Exported
 from mimicnorm_jax.weights.files import check_shapes, listed, read_safetensors
 
@@ -55,12 +55,12 @@ def export_safetensors(
       UserError: the images do not fit; safetensors is missing; ``folder`` has other files; or what
         was read back differs. Then nothing is written.
     """
-    path = pathlib.Path(folder)
+    path, place = pathlib.Path(folder), pathlib.Path(folder).resolve()
     _check_folder(path)
     about = about or About()
     prepared = prepare_as(model, *example, about=about, normalize=False, symbolic=True)
     with refused_by_system(f"{path} cannot be written"):
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=".export-", dir=path.absolute().parent))
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=".export-", dir=place.parent))
         try:
             arrays = {name: value[...] for name, value in _arrays(prepared.network).items()}
             (temporary / WEIGHTS).write_bytes(as_safetensors(arrays))
@@ -68,11 +68,12 @@ def export_safetensors(
             difference = compare(prepared, _runner(*as_function(prepared.network)), str(path))
             values = _config(metadata(prepared, about, difference) | {"build": about.build})
             (temporary / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
-            (temporary / _CARD).write_text(model_card(path.absolute().name, values))
-            temporary.chmod(0o755)
-            if path.exists():
-                shutil.rmtree(path)
-            os.replace(temporary, path)
+            (temporary / _CARD).write_text(model_card(place.name, values))
+            place.mkdir(exist_ok=True)
+            # Without a configuration it is no export: what is interrupted cannot be mixed.
+            (place / CONFIG).unlink(missing_ok=True)
+            for name in (WEIGHTS, _CARD, CONFIG):
+                os.replace(temporary / name, place / name)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return Exported(path, prepared.shape, difference, prepared.fixed)
@@ -119,11 +120,11 @@ def load_safetensors(network: nnx.Module, folder: str | os.PathLike[str]) -> Non
 
 
 def _arrays(network: nnx.Module) -> dict[str, Any]:
-    """The variables of a network by their paths."""
+    """The weights of a network by their paths: not the keys and counters of random numbers."""
     return {
         ".".join(map(str, path)): node
         for path, node in nnx.iter_graph(network)
-        if isinstance(node, nnx.Variable)
+        if is_weight(path, node)
     }
 
 

@@ -18,10 +18,11 @@ from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.export.metadata import metadata
 from mimicnorm_jax.export.prepared import About, Prepared, compare, prepare_as
 from mimicnorm_jax.export.safetensors import as_safetensors
-from mimicnorm_jax.export.written import Exported, written
+from mimicnorm_jax.export.written import SUFFIXES, Exported, check_suffix, written
 from mimicnorm_jax.weights.files import read_safetensors
 
 PLATFORMS = ("cpu", "cuda", "tpu")
+_KNOWN = (*PLATFORMS, "rocm")
 WEIGHTS = ("inside", "beside")
 
 
@@ -74,12 +75,16 @@ def export_stablehlo(
     """
     if weights not in WEIGHTS:
         raise UserError(f"weights={weights!r}; allowed: {', '.join(WEIGHTS)}")
+    if isinstance(platforms, str) or not platforms or not set(platforms) <= set(_KNOWN):
+        raise UserError(f"platforms={platforms!r}; allowed: some of {', '.join(_KNOWN)}, in a list")
     beside = weights == "beside"
+    path = pathlib.Path(file)
+    check_suffix(path, SUFFIXES["stablehlo"])
     about = about or About()
     prepared = prepare_as(model, *example, about=about, normalize=normalize, symbolic=symbolic)
-    path = pathlib.Path(file)
     program = _program(prepared, beside, platforms)
     suffixes = ("", ".json", ".safetensors") if beside else ("", ".json")
+    stale = [] if beside else _weights_beside(path)
     with written(*(path.with_name(path.name + suffix) for suffix in suffixes)) as files:
         content, sidecar = files[:2]
         content.write_bytes(program)
@@ -88,7 +93,19 @@ def export_stablehlo(
         difference = compare(prepared, _runner(content, *files[2:]), str(path))
         values = metadata(prepared, about, difference) | {"platforms": list(platforms)}
         sidecar.write_text(json.dumps(values | {"weights": weights}, indent=2) + "\n")
+    for file in stale:
+        file.unlink(missing_ok=True)
     return Exported(path, prepared.shape, difference, prepared.fixed)
+
+
+def _weights_beside(path: pathlib.Path) -> list[pathlib.Path]:
+    """The file of weights of an earlier export of this name, if it had one."""
+    try:
+        before = json.loads(path.with_name(path.name + ".json").read_text())
+    except (OSError, ValueError):
+        return []
+    there = isinstance(before, dict) and before.get("weights") == "beside"
+    return [path.with_name(path.name + ".safetensors")] if there else []
 
 
 def _program(prepared: Prepared, beside: bool, platforms: Sequence[str]) -> bytes:

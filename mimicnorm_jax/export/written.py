@@ -12,6 +12,8 @@ from collections.abc import Iterator
 
 from mimicnorm_jax.errors import UserError, refused_by_system
 
+SUFFIXES = {"onnx": ".onnx", "stablehlo": ".stablehlo", "safetensors": ".safetensors"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
@@ -34,6 +36,17 @@ class Exported:
         shape = ", ".join(map(str, self.input_shape))
         said = f"{self.path}: images ({shape}), within {self.difference:.1e} of the network"
         return f"{said}; {self.note}" if self.note else said
+
+
+def check_suffix(path: pathlib.Path, own: str) -> None:
+    """Raises ``UserError`` where a file is named as one of another format.
+
+    Args:
+      path: of the file.
+      own: the suffix of its format.
+    """
+    if path.suffix in set(SUFFIXES.values()) - {own}:
+        raise UserError(f"{path} is not named as what it is to be: {path.with_suffix(own).name}")
 
 
 @contextlib.contextmanager

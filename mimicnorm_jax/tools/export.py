@@ -3,9 +3,10 @@ r"""Writes the network of a run as ONNX, StableHLO or safetensors.
   python -m mimicnorm_jax.tools.export RUN --format=onnx --out=network.onnx
   python -m mimicnorm_jax.tools.export RUN --format=onnx --out=network.onnx --normalize photo.jpg
 
-RUN is the folder of a run. What normalized the network in training is folded into its weights. The
-file is run, and compared with the network, on the images that are given, or else on two
-photographs that come with scikit-learn; it is kept only if they agree.
+RUN is the folder of a run; --which chooses its checkpoint. What normalized the network in training
+is folded into its weights. The file is run, and compared with the network, on the images that are
+given, or else on two photographs that come with scikit-learn; it is kept only if they agree, and
+replaces a file of its name.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from mimicnorm_jax.export import (
 )
 from mimicnorm_jax.export.rebuilt import fields_to_build, is_export
 from mimicnorm_jax.export.stablehlo import WEIGHTS
+from mimicnorm_jax.export.written import SUFFIXES
 from mimicnorm_jax.parallel import make_mesh
 from mimicnorm_jax.tools.predict import images_in
 from mimicnorm_jax.tools.report import WHICH
@@ -40,7 +42,7 @@ from mimicnorm_jax.trained import TrainedNetwork, load
 
 FORMATS = ("onnx", "stablehlo", "safetensors")
 
-_FORMAT = flags.DEFINE_enum("format", None, FORMATS, "What is written.")
+_FORMAT = flags.DEFINE_enum("format", None, FORMATS, "What is written; unset: by the end of --out.")
 _OUT = flags.DEFINE_string("out", None, "The file; of safetensors the folder.")
 flags.declare_key_flag("which")
 _NORMALIZE = flags.DEFINE_bool(
@@ -128,6 +130,8 @@ def export_run(
       UserError: as ``load`` and the exports raise.
     """
     network = load(run, which)
+    if not is_export(run):
+        print(f"{run}: step {network.step}, the {which}; folding it, and comparing", flush=True)
     pixels = photographs(network)
     if images:
         pixels = np.stack([network.preprocess(path) for path in images[:_MOST]])
@@ -152,10 +156,13 @@ def export_run(
 def _run(run: str = "", *images: str) -> None:
     if not run:
         raise UserError("say which run: RUN --format=onnx --out=network.onnx")
-    kind, out = _FORMAT.value, _OUT.value
-    if not kind or not out:
-        missing = "out" if kind else "format"
-        raise UserError(f"--{missing} is missing: RUN --format=onnx --out=network.onnx")
+    out = _OUT.value
+    if not out:
+        raise UserError("--out is missing: RUN --format=onnx --out=network.onnx")
+    suffix = pathlib.Path(out).suffix
+    kind = _FORMAT.value or next((k for k, known in SUFFIXES.items() if known == suffix), None)
+    if not kind:
+        raise UserError("--format is missing: RUN --format=onnx --out=network.onnx")
     if kind == "safetensors" and (_NORMALIZE.value or _STATIC.value):
         raise UserError("--normalize and --static go with onnx and stablehlo")
     if kind != "stablehlo" and _WEIGHTS.value != "inside":

@@ -3,9 +3,9 @@ r"""What a trained network says of images.
   python -m mimicnorm_jax.tools.predict RUN photo.jpg folder/
   find . -name '*.png' | python -m mimicnorm_jax.tools.predict RUN -
 
-RUN is the folder of a run. A folder stands for all images below it, ``-`` for a list of paths on
-standard input. Damaged images are named and left out; then the exit code is 1. The answers are
-kept by --csv, --json and --plot=FILE.png.
+RUN is the folder of a run, or of its export as safetensors. A folder stands for all images below
+it, ``-`` for a list of paths on standard input. Damaged images are named and
+left out; then the exit code is 1. The answers are kept by --csv, --json and --plot=FILE.png.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from mimicnorm_jax import command_line
 from mimicnorm_jax.data.folder import IMAGE_SUFFIXES
 from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.export.rebuilt import is_export
 from mimicnorm_jax.parallel import make_mesh
 from mimicnorm_jax.progress_bar import progress_bar
 from mimicnorm_jax.tools.report import JSON, PLOT, WHICH, check_output, write_json
@@ -167,7 +168,9 @@ def _run(run: str = "", *arguments: str) -> None:
     check_output("json", JSON.value, [".json"])
     check_output("csv", _CSV.value, [".csv"])
     check_output("plot", PLOT.value, [".png"])
-    configure_jax(saved_config(pathlib.Path(run).expanduser()))
+    folder = pathlib.Path(run).expanduser()
+    if not is_export(folder):
+        configure_jax(saved_config(folder))
     paths = images_in(arguments)
     silence_false_alarms(make_mesh(1))
     network = load(run, WHICH.value)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from mimicnorm_jax.config import method_of
 from mimicnorm_jax.errors import UserError, refused_by_system
 from mimicnorm_jax.export.rebuilt import is_export, restore_export
+from mimicnorm_jax.layers import ScaledConv
 from mimicnorm_jax.methods import Method
 from mimicnorm_jax.train.checkpoint import latest_step
 from mimicnorm_jax.train.pretrained import (
@@ -100,6 +101,7 @@ def _of_run(config: ConfigDict, path: pathlib.Path) -> Pretrained:
 
     def put(model: nnx.Module, class_names: Sequence[str]) -> str:
         columns = _columns(source, class_names)
+        check_strides(model, source.model)
         if is_folded or _meaning(source.config) != _meaning(config):
             how = _put_layers(model, config, source, columns)
         else:
@@ -138,6 +140,33 @@ def _of_classifier(
     if tuple(class_names) == there:
         return "its classifier too"
     return f"its classifier for {len(columns)} of its {len(there)} classes, by name"
+
+
+def check_strides(model: nnx.Module, source: nnx.Module) -> None:
+    """Weights do not tell with which strides, and behind which pool, they are to be used.
+
+    Raises:
+      UserError: the two networks differ in these.
+    """
+    here, there = _strides(model), _strides(source)
+    for path in here.keys() & there.keys():
+        if here[path] != there[path]:
+            raise UserError(
+                f"{path} has the strides {here[path]} in this run, and {there[path]} there: the "
+                "stem for large images, usual from 96 pixels on, and that for small ones compute "
+                "different things: --config.network_options.stem=small or large"
+            )
+
+
+def _strides(network: nnx.Module) -> dict[str, tuple[int, ...]]:
+    found = {}
+    for path, module in nnx.iter_modules(network):
+        strides = getattr(module, "strides", None)
+        if isinstance(module, nnx.Conv | ScaledConv) and strides is not None:
+            window = module.kernel_size
+            steps = (strides,) * len(window) if isinstance(strides, int) else tuple(strides)
+            found["/".join(map(str, path))] = steps
+    return found
 
 
 def _put_layers(

@@ -6,6 +6,7 @@ import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
@@ -13,11 +14,12 @@ from mimicnorm_jax.config import flatten
 from mimicnorm_jax.layers import last_bn_loss_floor
 from mimicnorm_jax.layers.loss_floor import expected_loss_floor
 from mimicnorm_jax.train.experiment import Experiment
-from mimicnorm_jax.train.pretrained import Start
+from mimicnorm_jax.train.pretrained import Pretrained, Start
 from mimicnorm_jax.train.provenance import hardware
 from mimicnorm_jax.train.workdir import Summary
 
 _MUCH_ABOVE = 0.25  # nats
+_AS_PRINTED = 5e-4  # means in three digits are the same
 
 
 def introduce(experiment: Experiment, workdir: pathlib.Path) -> None:
@@ -37,7 +39,8 @@ def introduce(experiment: Experiment, workdir: pathlib.Path) -> None:
         flush=True,
     )
     if experiment.start is not None:
-        print(starts_from(config, experiment.start), flush=True)
+        assert experiment.pretrained is not None
+        print(starts_from(config, experiment.start, experiment.pretrained), flush=True)
     if experiment.network.last_bn is not None:
         print(loss_floor(config, len(experiment.train_data.source.class_names)), flush=True)
     if config.optimizer.ema_decay and jax.tree.leaves(experiment.abstract_state.batch_stats):
@@ -48,10 +51,17 @@ def introduce(experiment: Experiment, workdir: pathlib.Path) -> None:
         )
 
 
-def starts_from(config: ConfigDict, start: Start) -> str:
+def starts_from(config: ConfigDict, start: Start, pretrained: Pretrained) -> str:
     """What of the pretrained weights a run starts with, and how its images are normalized."""
     line = f"starts from {config.init_from}: {start.said}"
-    return line if config.data.mean else f"{line}; images normalized as for these weights"
+    here, there = (config.data.mean, config.data.std), (pretrained.mean, pretrained.std)
+    if not config.data.mean or np.allclose(here, there, rtol=0, atol=_AS_PRINTED):
+        return f"{line}; images normalized as for these weights"
+    mean, std = (", ".join(f"{value:.3g}" for value in values) for values in there)
+    return (
+        f"{line}\nNOTE: images are normalized by config.data.mean and std, not as for these "
+        f"weights ({mean}; {std}); for that: --config.data.mean='()' --config.data.std='()'"
+    )
 
 
 def _counts(experiment: Experiment) -> str:

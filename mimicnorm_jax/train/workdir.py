@@ -86,8 +86,19 @@ def saved_config(workdir: pathlib.Path) -> ConfigDict:
     if not workdir.exists():
         raise UserError(f"{workdir} does not exist")
     if not path.is_file():
-        raise UserError(f"{workdir} is not the folder of a run: it has no config.json")
+        raise UserError(_is_no_run(workdir))
     return with_fields(default_config(), read_json(path), path)
+
+
+def _is_no_run(path: pathlib.Path) -> str:
+    if path.is_file():
+        of_run = (path.parent / "config.json").is_file()
+        instead = f"; give its folder, {path.parent}" if of_run else ""
+        return f"{path} is a file, not the folder of a run{instead}"
+    with refused_by_system(f"{path} cannot be read"):
+        runs = sorted(config.parent.name for config in path.glob("*/config.json"))
+    instead = f"; there are runs in it: {', '.join(runs[:5])}" if runs else ""
+    return f"{path} is not the folder of a run: it has no config.json{instead}"
 
 
 def with_fields(config: ConfigDict, fields: Mapping[str, Any], path: pathlib.Path) -> ConfigDict:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import re
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
@@ -14,6 +16,13 @@ from mimicnorm_jax.models.vgg import VGG
 from mimicnorm_jax.weights.layers import CLASSIFIER
 
 _RESNET_STAGES = 4
+_RESNETS: dict[tuple[str, tuple[int, ...]], str] = {
+    ("basic", (2, 2, 2, 2)): "resnet18",
+    ("basic", (3, 4, 6, 3)): "resnet34",
+    ("bottleneck", (3, 4, 6, 3)): "resnet50",
+    ("bottleneck", (3, 4, 23, 3)): "resnet101",
+    ("bottleneck", (3, 8, 36, 3)): "resnet152",
+}
 
 
 class TorchNames(NamedTuple):
@@ -76,11 +85,29 @@ def check_variant(model: nnx.Module, names: Collection[str]) -> None:
         )
 
 
+def likely_network(names: Collection[str]) -> str | None:
+    """Of which network of this package a file of torchvision is, by the names in it."""
+    first = [re.fullmatch(r"layer(\d)\.\d+\.conv1\.weight", name) for name in names]
+    blocks = collections.Counter(found[1] for found in first if found)
+    if blocks:
+        kind = "bottleneck" if "layer1.0.conv3.weight" in names else "basic"
+        return _RESNETS.get((kind, tuple(blocks[key] for key in sorted(blocks))))
+    if "stage2.0.branch2.0.weight" in names:
+        return "a ShuffleNetV2"
+    dense = sum(name.endswith(".weight") for name in names if name.startswith("classifier."))
+    if dense != 3:
+        return None
+    layers = {name for name in names if re.fullmatch(r"features\.\d+\.weight", name)}
+    norms = {name for name in names if re.fullmatch(r"features\.\d+\.running_var", name)}
+    return {8: "vgg11", 10: "vgg13", 13: "vgg16", 16: "vgg19"}.get(len(layers) - len(norms))
+
+
 def _check_stem(model: ResNet | ShuffleNetV2) -> None:
     if model.stem.pool is None:
         raise UserError(
             f"this {type(model).__name__} has the stem for small images, and nothing in "
-            'torchvision is like it; create_model(..., stem="large") has the other'
+            'torchvision is like it; create_model(..., stem="large") and '
+            "--config.network_options.stem=large have the other"
         )
 
 

@@ -15,7 +15,7 @@ from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.models.vgg import TOTAL_STRIDE, VGG
 from mimicnorm_jax.weights.files import COUNTER, check_shapes, listed, read_tensors
 from mimicnorm_jax.weights.layers import CLASSIFIER, Layer, Norm, places_of, put_layers
-from mimicnorm_jax.weights.torch_names import TorchNames, check_variant, torch_names
+from mimicnorm_jax.weights.torch_names import TorchNames, check_variant, likely_network, torch_names
 
 EPSILON = 1e-5  # of every BatchNorm in torchvision's and timm's networks of these names
 _POOLED = 7  # height and width to which torchvision's VGG pools before its dense layers
@@ -106,7 +106,12 @@ def load_torch_weights(model: nnx.Module, file: str | os.PathLike[str]) -> LoadR
         left_out += [name for name in of_classifier if name in tensors]
         expected = {name: e for name, e in expected.items() if e.path != CLASSIFIER}
     used = {name: value for name, value in tensors.items() if name not in left_out}
-    check_shapes(used, {name: entry.shape for name, entry in expected.items()}, os.fspath(file))
+    try:
+        check_shapes(used, {name: e.shape for name, e in expected.items()}, os.fspath(file))
+    except UserError as error:
+        likely = likely_network(tensors)
+        said = f"that is {likely}" if likely else "that is no ResNet, VGG or ShuffleNetV2"
+        raise UserError(f"{error}; by the names in it, {said}") from error
     layers = {path: _layer(model, path, theirs, tensors) for path, theirs in names.items()}
     put_layers(model, layers, keep=(CLASSIFIER,) if new_classifier else ())
     return LoadReport(tuple(names), new_classifier, tuple(left_out))

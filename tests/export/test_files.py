@@ -138,6 +138,89 @@ def test_weights_beside_the_program(symbolic, tmp_path):
     assert np.abs(program.call(halved, x) - expected).max() > 1e3 * tolerance
 
 
+def test_weights_beside_do_not_outlive_their_program(tmp_path):
+    model, file = model_of("mlp"), tmp_path / "n.stablehlo"
+    for weights in ("beside", "inside"):
+        export_stablehlo(model, normalized(pixels()), file=file, weights=weights)
+    assert {path.name for path in tmp_path.iterdir()} == {"n.stablehlo", "n.stablehlo.json"}
+    beside = tmp_path / "n.stablehlo.safetensors"
+    beside.write_text("of somebody else")
+    export_stablehlo(model, normalized(pixels()), file=file)
+    assert beside.read_text() == "of somebody else"
+
+
+@pytest.mark.parametrize("platforms", ["cpu", (), ("cpu", "gpu")])
+def test_platforms_are_known(platforms, tmp_path):
+    with pytest.raises(UserError, match=r"platforms=.*allowed: some of cpu, cuda, tpu, rocm"):
+        export_stablehlo(
+            model_of("mlp"), normalized(pixels()), file=tmp_path / "n", platforms=platforms
+        )
+
+
+@pytest.mark.parametrize("kind", ["onnx", "stablehlo", "safetensors"])
+def test_what_is_known_may_be_of_numpy(kind, tmp_path):
+    about = About(
+        classes=np.arange(7),
+        mean=np.array([0.4, 0.5, 0.6], np.float32),
+        std=jnp.array([0.2, 0.25, 0.3]),
+        temperature=np.float32(1.5),
+        run={"accuracy": np.float32(0.5), "steps": np.int64(3), "where": tmp_path},
+    )
+    assert about.classes == tuple("0123456") and about.temperature == 1.5
+    assert about.run == {"accuracy": 0.5, "steps": 3, "where": str(tmp_path)}
+    place = tmp_path / "out"
+    named = {"folder": place} if kind == "safetensors" else {"file": place}
+    write = getattr(mimicnorm_jax, f"export_{kind}")
+    write(model_of("mlp"), normalized(pixels()), about=about, **named)
+
+
+class Several(nnx.Module):
+    """Outputs of which one has the classes, and one has no axes."""
+
+    def __init__(self, rngs):
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.dense = nnx.Linear(3, 7, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.dropout(x.mean((1, 2)))
+        return {"features": x, "logits": self.dense(x), "mean": x.mean()}
+
+
+def test_one_of_several_outputs_has_the_classes(tmp_path):
+    model, x = Several(nnx.Rngs(0)), normalized(pixels())
+    model.eval()
+    options = {"file": tmp_path / "n.stablehlo", "symbolic": False}
+    export_stablehlo(model, x, about=About(classes="abcdefg"), **options)
+    with pytest.raises(UserError, match="5 classes were given, and there are 3 or 7 logits"):
+        export_stablehlo(model, x, about=About(classes="abcde"), **options)
+
+
+def test_keys_of_random_numbers_are_no_weights(tmp_path):
+    model, x = Several(nnx.Rngs(0)), normalized(pixels())
+    export_safetensors(model, x, folder=tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == {
+        *("dense.kernel", "dense.bias")
+    }
+    other = Several(nnx.Rngs(1))
+    load_safetensors(other, tmp_path / "out")
+    np.testing.assert_array_equal(other.dense.kernel[...], model.dense.kernel[...])
+
+
+def test_an_export_is_replaced_from_inside_of_it_and_through_a_link(tmp_path, monkeypatch):
+    model, x, out = model_of("mlp"), normalized(pixels()), tmp_path / "out"
+    export_safetensors(model, x, folder=out)
+    monkeypatch.chdir(out)
+    export_safetensors(model, x, folder=".", about=ABOUT)
+    assert "a, b, c" in (out / "README.md").read_text()
+    assert {path.name for path in out.iterdir()} == {
+        *("config.json", "model.safetensors", "README.md")
+    }
+    (tmp_path / "link").symlink_to(out)
+    export_safetensors(model, x, folder=tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and "a, b, c" not in (out / "README.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "link"}
+
+
 def test_weights_are_inside_or_beside(tmp_path):
     with pytest.raises(UserError, match=r"weights='near'; allowed: inside, beside"):
         export_stablehlo(
@@ -197,10 +280,21 @@ def test_a_difference_is_of_the_largest_output():
 @pytest.mark.parametrize(
     ("images", "options", "message"),
     [
-        (pixels(), {}, "images of type uint8; allowed: normalized ones"),
+        (pixels(), {}, "images of type uint8; allowed: normalized ones.* normalize=True"),
+        (
+            pixels(),
+            {"normalize": True, "about": About(mean=(127.0,) * 3, std=(0.2,) * 3)},
+            "not in units of 1",
+        ),
+        (
+            normalized(pixels()),
+            {"about": About(mean=(0.5,) * 3, std=(64.0,) * 3)},
+            "not in units of 1",
+        ),
         (normalized(pixels()), {"normalize": True}, "allowed: uint8"),
         (pixels(), {"normalize": True, "about": About()}, "needs mean and std"),
         (normalized(pixels()), {"about": About(classes=("a", "b"))}, "2 classes.* 7 logits"),
+        (normalized(pixels())[:0], {}, "have no image to compare on"),
     ],
 )
 def test_images_that_do_not_fit_are_refused(images, options, message, tmp_path):

@@ -106,6 +106,37 @@ def test_converted_networks(name, tmp_path):
         np.testing.assert_allclose(one, other, atol=1e-4 * scale)
 
 
+def test_paddings_that_depend_on_the_size_leave_multiples_of_the_stride_free(tmp_path):
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.first = nnx.Conv(3, 4, (3, 3), strides=2, rngs=rngs)  # SAME, by default
+            self.second = nnx.Conv(4, 4, (4, 4), strides=2, rngs=rngs)
+            self.dense = nnx.Linear(4, 7, rngs=rngs)
+
+        def __call__(self, x):
+            return self.dense(self.second(nnx.relu(self.first(x))).mean((1, 2)))
+
+    model, file = Network(nnx.Rngs(0)), tmp_path / "network.onnx"
+    exported = export_onnx(model, normalized(pixels()), file=file)
+    assert exported.input_shape == ("batch", "4*height", "4*width", 3) and not exported.note
+    assert_is(model, file, normalized(pixels(1, 16)), normalized(pixels(3, 28)))
+
+
+def test_what_onnxruntime_refuses_of_free_extents_is_written_for_one_size(monkeypatch, tmp_path):
+    module = sys.modules["mimicnorm_jax.export.onnx"]
+    runner = module._runner
+
+    def picky(library, content, prepared):
+        if isinstance(prepared.shape[1], str):
+            raise UserError("onnxruntime refuses the file: too free")
+        return runner(library, content, prepared)
+
+    monkeypatch.setattr(module, "_runner", picky)
+    exported = export_onnx(model_of(), normalized(pixels()), file=tmp_path / "network.onnx")
+    assert exported.input_shape == ("batch", 16, 16, 3)
+    assert exported.note.endswith("onnxruntime refuses the file: too free")
+
+
 def test_pixels_are_normalized_inside_and_metadata_tell(tmp_path):
     model, file = model_of(), tmp_path / "network.onnx"
     export_onnx(model, pixels(), file=file, about=ABOUT, normalize=True)

@@ -138,6 +138,12 @@ SHAPES = {
     "pad": lambda x: jnp.pad(x, ((0, 0), (1, 2), (0, 1), (0, 3)), constant_values=0.5),
     "crop": lambda x: lax.pad(x, 0.0, ((0, 0, 0), (-1, 2, 0), (-1, -1, 0), (1, -2, 0))),
     "reverse": lambda x: lax.rev(x, (1, 3)),
+    "choice of booleans": lambda x: jnp.where(x[..., :1] > 0, x > 0.5, x < -0.5),
+    "first pixel": lambda x: x[:, 0, 0],
+    "last row": lambda x: x[:, -1],
+    "causal mask": lambda x: jnp.where(jnp.tril(jnp.ones(x.shape[1:3], bool)), x[..., 0], -1.0),
+    "argmax of booleans": lambda x: jnp.argmax(x > 0.3, axis=-1),
+    "dynamic index": lambda x: jnp.take(x, jnp.argmax(x[0, 0, 0]) + 2, axis=-1, mode="clip"),
     "repeat": lambda x: jnp.repeat(jnp.repeat(x, 2, axis=1), 3, axis=2),
     "nearest": lambda x: jax.image.resize(
         x, (x.shape[0], 2 * x.shape[1], 2 * x.shape[2], 4), "nearest"

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 import mimicnorm_jax
 from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.tools import export
+from mimicnorm_jax.tools import export, predict
 from mimicnorm_jax.train.loop import train
 from mimicnorm_jax.train.setup import set_up
 from tests.train.test_init_from import folder_of, logits_at_the_start, random_images
@@ -37,7 +37,9 @@ def runs(tiny_config, images, tmp_path_factory):
 def test_safetensors_come_back_as_the_network_of_the_run(method, runs, tmp_path, capsys):
     out = tmp_path / "exported"
     assert export.main([str(runs[method]), "--format=safetensors", f"--out={out}"]) == 0
-    assert f"{out}: images (batch, height, width, 3)" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert output.startswith(f"{runs[method]}: step 2, the best; ")
+    assert f"{out}: images (batch, height, width, 3)" in output
     before, after = mimicnorm_jax.load(runs[method]), mimicnorm_jax.load(out)
     x = random_images(3)
     np.testing.assert_allclose(after.logits(x), before.logits(x), atol=1e-5)
@@ -49,8 +51,15 @@ def test_safetensors_come_back_as_the_network_of_the_run(method, runs, tmp_path,
     )
     said = (out / "config.json").read_text()
     assert "data.dir" not in said and str(runs[method].parent) not in said
+    image = tmp_path / "image.png"
+    Image.fromarray(x[0]).save(image)
+    answers = tmp_path / "answers.json"
+    assert predict.main([str(out), str(image), f"--json={answers}"]) == 0
+    (answer,) = json.loads(answers.read_text())
+    assert answer["classes"][0]["class"] == before.classes[before.predict(x[:1])[0].argmax()]
     # and out once more
     assert export.main([str(out), "--format=stablehlo", f"--out={tmp_path / 'again'}"]) == 0
+    assert "the best" not in capsys.readouterr().out  # there is one only
 
 
 @pytest.mark.parametrize("method", ["lastbn", "nonorm"])
@@ -90,8 +99,11 @@ def test_stablehlo_of_a_run(runs, tmp_path, capsys):
     ("arguments", "said"),
     [
         ([], "say which run"),
-        (["RUN"], "--format is missing"),
+        (["RUN"], "--out is missing"),
         (["RUN", "--format=onnx"], "--out is missing"),
+        (["RUN", "--out=a.txt"], "--format is missing"),
+        (["RUN", "--format=onnx", "--out=a.stablehlo"], "not named as what it is to be: a.onnx"),
+        (["RUN", "--format=stablehlo", "--out=a.onnx"], "what it is to be: a.stablehlo"),
         (["RUN", "--format=onnx", "--out=a", "--weights=beside"], "goes with stablehlo"),
         (["nowhere", "--format=onnx", "--out=a"], "nowhere does not exist"),
         (["RUN", "--format=safetensors", "--out=a", "--normalize"], "go with onnx and stablehlo"),

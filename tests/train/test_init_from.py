@@ -1,5 +1,6 @@
 """``config.init_from``: what a run starts from, and that it goes on without it."""
 
+import itertools
 import json
 import shutil
 
@@ -14,7 +15,9 @@ import mimicnorm_jax
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.layers.relu import relu
 from mimicnorm_jax.methods import Site
+from mimicnorm_jax.models import create_model
 from mimicnorm_jax.tools.verify import VerificationError, verify
+from mimicnorm_jax.train.init_from import check_strides
 from mimicnorm_jax.train.loop import train
 from mimicnorm_jax.train.setup import set_up
 from mimicnorm_jax.train.workdir import saved_config
@@ -146,6 +149,19 @@ def test_the_images_are_normalized_as_for_the_weights(colour_source, tiny_config
     assert (images.mean, images.std) == ((0.25,) * 3, (0.5,) * 3)
 
 
+def test_another_normalization_than_that_of_the_weights_is_said(
+    source, tiny_config, tmp_path, capsys
+):
+    there = mimicnorm_jax.load(source)
+    options = {"init_from": str(source), "method": "lastbn", "max_steps": 1}
+    train(tiny_config(**options, data__mean=there.mean, data__std=there.std), tmp_path / "same")
+    assert "; images normalized as for these weights\n" in capsys.readouterr().out
+    train(tiny_config(**options, data__mean=(0.5,), data__std=(0.25,)), tmp_path / "other")
+    output = capsys.readouterr().out
+    assert f"not as for these weights ({there.mean[0]:.3g}; {there.std[0]:.3g})" in output
+    assert "images normalized as for these weights" not in output
+
+
 def test_a_run_goes_on_without_what_it_started_from(source, tiny_config, tmp_path, capsys):
     moved = tmp_path / "source"
     shutil.copytree(source, moved)
@@ -247,6 +263,34 @@ def test_what_does_not_fit_is_said_and_nothing_is_written(
     assert str(refused.value).startswith("config.init_from = ")
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_strides_are_those_that_the_weights_were_trained_with():
+    def network(stem):
+        options = {"num_classes": 3, "image_size": 64, "stem": stem, "rngs": nnx.Rngs(0)}
+        return nnx.eval_shape(
+            lambda: create_model("shufflenetv2_x0_5", method="batchnorm", **options)
+        )
+
+    check_strides(network("small"), network("small"))
+    with pytest.raises(UserError, match=r"stem/conv has the strides \(1, 1\) .* \(2, 2\) there"):
+        check_strides(network("small"), network("large"))
+
+
+@pytest.mark.long
+def test_a_run_of_the_other_stem_is_refused(tiny_config, tmp_path):
+    random = np.random.default_rng(0)
+    for split, name, index in itertools.product(("train", "test"), "ab", range(8)):
+        (tmp_path / "i" / split / name).mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (32, 32, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "i" / split / name / f"{index}.png")
+    options = {"data__name": "folder", "data__dir": str(tmp_path / "i"), "data__image_size": 32}
+    options |= {"network": "shufflenetv2_x0_5", "width": 1.0, "batch_size": 8, "max_steps": 1}
+    train(tiny_config(method="batchnorm", **options), tmp_path / "run")
+    options |= {"init_from": str(tmp_path / "run"), "method": "lastbn"}
+    assert "folded" in set_up(tiny_config(**options)).start.said
+    with pytest.raises(UserError, match=r"--config\.network_options\.stem=small or large"):
+        set_up(tiny_config(**options, network_options__stem="large"))
 
 
 def test_frozen_norms_need_weights(tiny_config, tmp_path):

@@ -12,7 +12,7 @@ from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.models import create_model
 from mimicnorm_jax.weights import load_torch_weights
 from mimicnorm_jax.weights.layers import layers_of
-from mimicnorm_jax.weights.torch_names import check_variant, torch_names
+from mimicnorm_jax.weights.torch_names import check_variant, likely_network, torch_names
 from tests.weights.generated import NORM, generated, unpacked
 
 REFERENCE = json.loads(pathlib.Path(__file__).with_name("torchvision_reference.json").read_text())
@@ -56,6 +56,28 @@ def narrow_tensors(model):
         found[f"{layer}.bias"] = (outputs,)
         found |= {f"{norm}.{entry}": (outputs,) for entry in NORM if norm}
     return {name: generated(name, shape) for name, shape in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        *((name, name) for name in ("resnet18", "resnet34", "resnet50", "vgg11", "vgg16")),
+        ("shufflenetv2_x1_0", "a ShuffleNetV2"),
+    ],
+)
+def test_a_network_is_known_by_the_names_in_its_file(name, said):
+    model = narrow(name)
+    for norms in (True, False) if name.startswith("vgg") else (True,):
+        entries = []
+        for layer, norm in torch_names(model, norms=norms).values():
+            entries += [f"{layer}.weight", f"{layer}.bias"]
+            entries += [f"{norm}.weight", f"{norm}.running_var"] if norm else []
+        assert likely_network(entries) == said
+
+
+def test_other_files_are_like_no_network():
+    assert likely_network(["features.0.0.weight", "classifier.1.weight"]) is None
+    assert likely_network(["layer1.0.conv1.weight", "layer2.0.conv1.weight"]) is None
 
 
 def test_vggs_first_dense_layer_reads_channels_last(tmp_path):

@@ -106,7 +106,10 @@ def test_a_classifier_of_other_classes_stays_and_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("layer3.0.bn2.running_var"), r"missing: layer3\.0\.bn2\.running_var"),
+        (
+            lambda t: t.pop("layer3.0.bn2.running_var"),
+            r"missing: layer3\.0\.bn2\.running_var; by the names in it, that is resnet18",
+        ),
         (lambda t: t.update({"head.weight": np.ones((2, 2), "f4")}), r"not in the network: head"),
         (
             lambda t: t.update({"conv1.weight": np.ones((32, 3, 7, 7), "f4")}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -127,7 +128,21 @@ def _select(graph: Graph, equation: Any, inputs: list[Tensor]) -> Tensor:
     which, *cases = inputs
     if len(cases) != 2 or which.dtype != np.bool_:
         raise refused(equation, "of more than two cases")
-    return elementwise(graph, equation, "Where", [which, cases[1], cases[0]])
+    if (known := which.scalar()) is not None:  # such as whether a constant index is negative
+        return cases[int(known)]
+    if cases[0].dtype != np.bool_:
+        return elementwise(graph, equation, "Where", [which, cases[1], cases[0]])
+    # onnxruntime has no Where of booleans
+    numbers = [_as_int32(graph, case) for case in cases]
+    chosen = elementwise(graph, equation, "Where", [which, numbers[1], numbers[0]])
+    return dataclasses.replace(chosen, name=graph.cast(chosen.name, np.bool_))
+
+
+def _as_int32(graph: Graph, tensor: Tensor) -> Tensor:
+    dtype = np.dtype(np.int32)
+    if tensor.array is not None:
+        return dataclasses.replace(tensor, dtype=dtype, array=tensor.array.astype(dtype))
+    return dataclasses.replace(tensor, dtype=dtype, name=graph.cast(tensor.name, dtype))
 
 
 def _clamp(graph: Graph, equation: Any, inputs: list[Tensor]) -> Tensor:

@@ -213,7 +213,11 @@ def _index(graph: Graph, equation: Any, indices: Tensor, extent: Any) -> str:
         raise refused(equation, "that may be outside of the array")
     name = graph.cast(arrange(graph, indices, order, order), np.int64)
     if mode == GatherScatterMode.CLIP:
-        last = graph.node("Sub", graph.vector([extent]), graph.constant([1], np.int64))
+        if is_static(extent):
+            last = graph.constant(extent - 1, np.int64)
+        else:
+            last = graph.node("Sub", graph.vector([extent]), graph.constant([1], np.int64))
+            last = graph.node("Squeeze", last)
         name = graph.node("Min", graph.node("Max", name, graph.constant(0, np.int64)), last)
     return name
 

@@ -48,7 +48,8 @@ def _arg(graph: Graph, equation: Any, inputs: list[Tensor]) -> Tensor:
     (axis,) = equation.params["axes"]
     tensor = stored_with(graph, inputs[0], [axis])
     operator = _OPERATORS[equation.primitive.name]
-    name = graph.node(operator, tensor.name, axis=tensor.axes.index(axis), keepdims=0)
+    name = graph.cast(tensor.name, np.int32) if tensor.dtype == np.bool_ else tensor.name
+    name = graph.node(operator, name, axis=tensor.axes.index(axis), keepdims=0)
     name = graph.cast(name, dtype_of(equation.outvars[0]))
     return result(equation, name, _kept(tensor, (axis,)))
 
