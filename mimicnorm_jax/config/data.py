@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from mimicnorm_jax.config.field import Field, at_least, each, pair, true_or_false
+from mimicnorm_jax.config.field import Field, at_least, colour, each, pair, true_or_false
 
 DATA_SETS = ("digits", "folder", "idx", "synthetic", "tfds")
 GENERATED = ("digits", "synthetic")  # which read no files
@@ -19,6 +19,7 @@ FIELDS: dict[str, Field] = {
     "data.image_size": Field(32, "Height and width of the images in pixels; others are resized.", **at_least(1, 8192)),
     "data.resize": Field(None, "folder, tfds: short side of an image before its centre is cropped to image_size (unset: image_size).", **at_least(1, 8192), kind=int),
     "data.upright": Field(True, "folder, tfds: turn images as their EXIF orientation says, which published ImageNet results do not.", **true_or_false()),
+    "data.background": Field((255, 255, 255), "folder, tfds: colour behind transparent images: red, green, blue.", **colour()),
     "data.random_resized_crop": Field(False, "folder, tfds: train on crops of random size and shape, resized to image_size.", **true_or_false()),
     "data.crop_scale": Field((0.08, 1.0), "Least and greatest share of the area in such a crop.", **pair(0, 1)),
     "data.crop_ratio": Field((3 / 4, 4 / 3), "Least and greatest ratio of its width to its height.", **pair(0, 100)),

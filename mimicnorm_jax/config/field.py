@@ -76,6 +76,15 @@ def pair(above: float, most: float) -> dict[str, Any]:
     return {"allowed": words, "check": lambda v: len(v) == 2 and above < v[0] <= v[1] <= most}
 
 
+def colour() -> dict[str, Any]:
+    """Of red, green and blue."""
+
+    def is_colour(values: Any) -> bool:
+        return len(values) == 3 and all(0 <= v <= 255 and v == int(v) for v in values)
+
+    return {"allowed": "three whole numbers, 0 to 255", "check": is_colour}
+
+
 def true_or_false() -> dict[str, Any]:
     """Of true and false."""
     return {"allowed": "true | false", "check": lambda v: isinstance(v, bool)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import os
 import pathlib
@@ -11,15 +12,18 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from mimicnorm_jax.data import listing
+from mimicnorm_jax.data.layout import find_layout
 from mimicnorm_jax.data.sources import EncodedSource, View, digest
 from mimicnorm_jax.errors import UserError, refused_by_system
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-_SUFFIXES = ", ".join(IMAGE_SUFFIXES)
+_NO_CLASS = "in no class folder"
 
 
 class FolderSource(EncodedSource):
-    """A split stored as ``directory/<class>/*.{jpg,jpeg,png}``.
+    """A split stored as ``directory/<class>/*.jpg``, with images of every type that is decoded.
+
+    Folders in a class folder are part of the class. What is left out is said in one line.
 
     Args:
       directory: the split's folder.
@@ -28,54 +32,57 @@ class FolderSource(EncodedSource):
         without images.
 
     Raises:
-      UserError: a folder that does not exist or may not be read, or has no images; or, for
-        training, has fewer than two class folders or one without images.
+      UserError: a folder that does not exist or may not be read, or has no images; a link to
+        nowhere; or, for training, fewer than two class folders or one without images.
     """
 
     def __init__(self, directory: str | pathlib.Path, view: View, *, for_training: bool = True):
         self.directory = pathlib.Path(directory)
-        self._for_training = for_training
-        self.paths: list[pathlib.Path] = []
+        self._files: list[str] = []
         class_names: list[str] = []
-        labels: list[int] = []
+        counts: list[int] = []
         empty: list[str] = []
+        left_out: collections.Counter[str] = collections.Counter()
         with refused_by_system(f"cannot read folder {directory}"):
-            for folder in self._class_folders():
-                found = sorted(
-                    path
-                    for path in folder.iterdir()
-                    if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
-                )
-                if not found:
+            for folder in self._class_folders(for_training):
+                found = listing.list_class(folder)
+                left_out += found.left_out
+                if not found.files:
                     if for_training:
-                        raise UserError(f"class folder {folder} has no images ({_SUFFIXES})")
+                        raise UserError(_without_images(folder, found))
                     empty.append(folder.name)
                     continue
-                labels += [len(class_names)] * len(found)
                 class_names.append(folder.name)
-                self.paths += found
-        if not self.paths:
-            raise UserError(f"the class folders of {directory} have no images ({_SUFFIXES})")
+                counts.append(len(found.files))
+                self._files += found.files
+            left_out[_NO_CLASS] = listing.count_images(self.directory)
+        if not self._files:
+            raise UserError(f"the class folders of {directory} have no images")
         if empty:
             print(f"NOTE: without images in {directory}: {', '.join(empty)}", file=sys.stderr)
-        self.labels = np.array(labels, np.int32)
+        if said := listing.said_of(+left_out):
+            print(f"NOTE: left out in {directory}: {said}", file=sys.stderr)
+        self.labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         super().__init__(class_names, view)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self._files)
 
-    def _class_folders(self) -> list[pathlib.Path]:
+    def path(self, index: int) -> pathlib.Path:
+        """The file of an example."""
+        return self.directory / self._below(index)
+
+    def _below(self, index: int) -> str:
+        return f"{self.class_names[self.labels[index]]}/{self._files[index]}"
+
+    def _class_folders(self, for_training: bool) -> list[pathlib.Path]:
         expected = f"expected {self.directory}/<class>/*.jpg"
         if not self.directory.is_dir():
             raise UserError(f"{self.directory} is not a folder; {expected}")
-        folders = sorted(
-            path
-            for path in self.directory.iterdir()
-            if path.is_dir() and not path.name.startswith(".")
-        )
+        folders = listing.folders_in(self.directory)
         if not folders:
             raise UserError(f"{self.directory} has no class folders; {expected}")
-        if len(folders) == 1 and self._for_training:
+        if len(folders) == 1 and for_training:
             raise UserError(
                 f"{self.directory} has a single class, {folders[0].name}: nothing to learn; "
                 f"{expected}"
@@ -85,28 +92,32 @@ class FolderSource(EncodedSource):
     @functools.cached_property
     def identity(self) -> str:
         # all names, and some sizes: asking for a million of them would take minutes
-        names = (os.fsencode(path.relative_to(self.directory)) + b"\n" for path in self.paths)
+        names = (os.fsencode(self._below(index)) + b"\n" for index in range(len(self)))
         chosen = np.linspace(0, len(self) - 1, min(1000, len(self))).astype(int)
         with refused_by_system(f"cannot read the images in {self.directory}"):
-            sizes = np.array([self.paths[index].stat().st_size for index in chosen])
+            sizes = np.array([self.path(index).stat().st_size for index in chosen])
         return digest([*names, sizes])
 
     def read(self, index: int) -> tuple[bytes, int]:
-        return self.paths[index].read_bytes(), int(self.labels[index])
+        return self.path(index).read_bytes(), int(self.labels[index])
 
     def describe(self, index: int) -> str:
-        return str(self.paths[index])
+        return str(self.path(index))
+
+
+def _without_images(folder: pathlib.Path, found: listing.ClassFolder) -> str:
+    said = listing.said_of(found.left_out)
+    what = f"no image that can be read, but {said}" if said else "no images"
+    return f"class folder {folder} has {what}"
 
 
 def open_folders(data: ConfigDict, parts: Sequence[str]) -> list[FolderSource]:
     """The folders of ``config.data.dir`` for ``"train"`` and ``"test"``, or one of them."""
-    root = pathlib.Path(data.dir).expanduser()
-    with refused_by_system(f"config.data.dir = {data.dir!r} cannot be read"):
-        if not root.is_dir():
-            where = "" if root.is_absolute() else f" below {pathlib.Path.cwd()}"
-            raise UserError(f"config.data.dir = {data.dir!r} is not a folder{where}")
+    layout = find_layout(data)
+    if layout.said:
+        print(f"NOTE: {layout.said}", file=sys.stderr)
     found = [
-        FolderSource(root / data[f"{part}_split"], View.of(data), for_training="train" in parts)
+        FolderSource(layout.folder(part, data), View.of(data), for_training="train" in parts)
         for part in parts
     ]
     first, last = found[0], found[-1]

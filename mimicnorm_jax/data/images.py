@@ -2,38 +2,28 @@
 
 Nearly every photograph is an 8-bit JPEG in grey or YCbCr: libjpeg-turbo (simplejpeg)
 decodes those, and of them no more than a crop needs. Pillow decodes everything else (PNG,
-CMYK, 16 bits, palettes), and whatever libjpeg-turbo finds fault with.
+WebP, CMYK, 16 bits, palettes), and whatever libjpeg-turbo finds fault with.
 """
 
 from __future__ import annotations
 
-import io
+import contextlib
 import math
 from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-# As Pillow's own limit: a header that claims more is a mistake or an attack.
-MAX_PIXELS = 2 * 89_478_485
+from mimicnorm_jax.data import pillow
+from mimicnorm_jax.data.pillow import WHITE, Colour
 
 cv2.setNumThreads(0)  # the pipeline works on many images at a time already
 
 _START_OF_IMAGE, _END_OF_IMAGE, _START_OF_SCAN = b"\xff\xd8", b"\xff\xd9", 0xDA
 _HUFFMAN_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended, progressive
 _BLOCK_ROWS = 32  # the most that a row of blocks is high
-_ORIENTATION = 0x0112  # EXIF tag
-_TURNED = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 class Crop(NamedTuple):
@@ -89,63 +79,29 @@ def _parse_jpeg(data: bytes) -> _Jpeg | None:
     return None
 
 
-def _check_size(height: int, width: int) -> None:
-    if height * width > MAX_PIXELS:
-        raise ValueError(f"its header claims {width} x {height} pixels, more than {MAX_PIXELS}")
+def _is_plain(jpeg: _Jpeg, data: bytes, *, upright: bool) -> bool:
+    pillow.bytes_of(jpeg.height, jpeg.width, 3)  # also where less of it is to be decoded
+    return not (upright and jpeg.has_exif and pillow.is_turned(data))
 
 
-def _with_pillow(data: bytes, *, upright: bool) -> np.ndarray:
-    """Decodes anything that Pillow knows."""
-    try:
-        opened = Image.open(io.BytesIO(data))
-    except UnidentifiedImageError as error:  # whose message is the address of the bytes
-        raise ValueError("it is no image") from error
-    with opened as file:
-        _check_size(*file.size)
-        turn = _turn(file) if upright else None
-        image: Image.Image = file if turn is None else file.transpose(turn)
-        if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-        if "transparency" in file.info:
-            image = image.convert("RGBA")
-        return np.asarray(image.convert("RGB"))
-
-
-def _is_plain(jpeg: _Jpeg | None, data: bytes, *, upright: bool) -> bool:
-    if jpeg is None:
-        return False
-    _check_size(jpeg.height, jpeg.width)
-    if upright and jpeg.has_exif:
-        with Image.open(io.BytesIO(data)) as image:
-            return _turn(image) is None
-    return True
-
-
-def _turn(image: Image.Image) -> Image.Transpose | None:
-    """How an image is turned upright; None if it is, or if its EXIF data are damaged."""
-    try:
-        return _TURNED.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # whatever damaged EXIF data make their reader raise
-        return None
-
-
-def decode(data: bytes, *, upright: bool) -> np.ndarray:
+def decode(data: bytes, *, upright: bool, background: Colour = WHITE) -> np.ndarray:
     """The whole image, uint8 ``(H, W, 3)``.
 
     Args:
       data: content of the file.
       upright: turn it as its EXIF orientation says.
+      background: what a transparent image is put on.
 
     Raises:
-      Exception: damaged, no image, or beyond ``MAX_PIXELS``; mostly ``OSError`` or
+      Exception: damaged, of no kind that is read, or too large; mostly ``OSError`` or
         ``ValueError``, but decoders raise what they like.
     """
-    if _is_plain(_parse_jpeg(data), data, upright=upright):
-        try:
+    jpeg = _parse_jpeg(data)
+    if jpeg is not None and _is_plain(jpeg, data, upright=upright):
+        with pillow.room_for(jpeg.height, jpeg.width, 3), contextlib.suppress(ValueError):
+            # a warning is enough for that: many a good file has a superfluous byte
             return simplejpeg.decode_jpeg(data, "RGB")
-        except ValueError:
-            pass  # a warning is enough for that: many a good file has a superfluous byte
-    return _with_pillow(data, upright=upright)
+    return pillow.decode(data, upright=upright, background=background)
 
 
 def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
@@ -164,7 +120,9 @@ def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
     return made.reshape(*image.shape[:2], channels)
 
 
-def decode_crop(data: bytes, choose: CropChoice, size: int, *, upright: bool) -> np.ndarray:
+def decode_crop(
+    data: bytes, choose: CropChoice, size: int, *, upright: bool, background: Colour = WHITE
+) -> np.ndarray:
     """A crop of an image, resized to uint8 ``(size, size, 3)``.
 
     Args:
@@ -172,6 +130,7 @@ def decode_crop(data: bytes, choose: CropChoice, size: int, *, upright: bool) ->
       choose: where the crop is, once height and width are known.
       size: in pixels.
       upright: turn the image as its EXIF orientation says, before it is cropped.
+      background: what a transparent image is put on.
 
     Raises:
       As for ``decode``; but damage in the middle of a JPEG, which leaves wrong pixels, goes
@@ -183,9 +142,9 @@ def decode_crop(data: bytes, choose: CropChoice, size: int, *, upright: bool) ->
         part = _decode_part(data, jpeg, crop, size)
         if part is not None:
             return _resize(part, size)
-        image = _with_pillow(data, upright=False)
+        image = pillow.decode(data, upright=False)
     else:
-        image = _with_pillow(data, upright=upright)
+        image = pillow.decode(data, upright=upright, background=background)
         crop = choose(*image.shape[:2])
     return _resize(_cut(image, crop), size)
 
@@ -222,20 +181,22 @@ def _decode_part(data: bytes, jpeg: _Jpeg, crop: Crop, size: int) -> np.ndarray 
         at = jpeg.height_at
         data = data[:at] + height.to_bytes(2) + data[at + 2 :]
     options = {}
+    rows, columns = math.ceil(height / scale), math.ceil(jpeg.width / scale)
     if scale > 1:
         options = {
-            "min_height": math.ceil(height / scale),
-            "min_width": math.ceil(jpeg.width / scale),
+            "min_height": rows,
+            "min_width": columns,
             "min_factor": scale,
         }
-    try:
-        # With the fast inverse cosine transform, as TensorFlow does by default: a level of
-        # noise on average, where evaluation is exact.
-        image = simplejpeg.decode_jpeg(
-            data, "RGB", fastdct=True, strict=height == jpeg.height, **options
-        )
-    except ValueError:
-        return None
+    with pillow.room_for(rows, columns, 3):
+        try:
+            # With the fast inverse cosine transform, as TensorFlow does by default: a level of
+            # noise on average, where evaluation is exact.
+            image = simplejpeg.decode_jpeg(
+                data, "RGB", fastdct=True, strict=height == jpeg.height, **options
+            )
+        except ValueError:
+            return None
     return _cut(image, Crop(*(max(1, round(x / scale)) if x else 0 for x in crop)))
 
 

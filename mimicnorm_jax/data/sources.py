@@ -8,13 +8,14 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from mimicnorm_jax.data import images
 from mimicnorm_jax.data.images import CropChoice
+from mimicnorm_jax.data.pillow import WHITE, Colour
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.progress_bar import progress_bar
 
@@ -102,16 +103,19 @@ class View:
       size: height and width in pixels.
       resize: the short side before the crop at the centre.
       upright: turn an image as its EXIF orientation says.
+      background: what transparent images are put on, red, green and blue, 0 to 255.
     """
 
     size: int
     resize: int
     upright: bool
+    background: Colour = WHITE
 
     @classmethod
     def of(cls, data: ConfigDict) -> View:
         """The view that ``config.data`` describes."""
-        return cls(data.image_size, data.resize or data.image_size, data.upright)
+        resize = data.resize or data.image_size
+        return cls(data.image_size, resize, data.upright, tuple(data.background))
 
 
 class EncodedSource(abc.ABC):
@@ -161,7 +165,7 @@ class EncodedSource(abc.ABC):
         view = self.view
 
         def centre(data: bytes) -> np.ndarray:
-            whole = images.decode(data, upright=view.upright)
+            whole = images.decode(data, upright=view.upright, background=view.background)
             return images.centre_crop(whole, view.size, view.resize)
 
         return self._example(index, centre)
@@ -169,9 +173,9 @@ class EncodedSource(abc.ABC):
     def cropped(self, index: int, choose: CropChoice) -> tuple[np.ndarray, int]:
         """A crop of an image, resized, and its label; raises ``UserError`` as above."""
         view = self.view
+        options: dict[str, Any] = {"upright": view.upright, "background": view.background}
         return self._example(
-            index,
-            lambda data: images.decode_crop(data, choose, view.size, upright=view.upright),
+            index, lambda data: images.decode_crop(data, choose, view.size, **options)
         )
 
     def _example(self, index: int, decode: Callable[[bytes], np.ndarray]) -> tuple[np.ndarray, int]:

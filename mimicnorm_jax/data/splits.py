@@ -13,6 +13,7 @@ from mimicnorm_jax.data.folder import open_folders
 from mimicnorm_jax.data.generated import open_digits, open_synthetic
 from mimicnorm_jax.data.holdout import hold_out
 from mimicnorm_jax.data.idx import open_idx
+from mimicnorm_jax.data.layout import find_layout
 from mimicnorm_jax.data.sources import ArraySource, EncodedSource, Source, View, cache
 from mimicnorm_jax.data.tfds import open_tfds
 from mimicnorm_jax.errors import UserError, unknown
@@ -34,6 +35,17 @@ def view_of(data: ConfigDict) -> View:
     """How evaluation brings an image of ``config.data`` to its size."""
     view = View.of(data)
     return view if data.name in _WITH_VIEW else dataclasses.replace(view, resize=view.size)
+
+
+def has_test_split(data: ConfigDict) -> bool:
+    """Whether the images of ``config.data`` have a test split, or else some are held out.
+
+    Raises:
+      UserError: ``config.data.dir`` has neither splits nor classes.
+    """
+    if not data.test_split or data.name != "folder":
+        return bool(data.test_split)
+    return not find_layout(data).is_without_splits
 
 
 class Splits(NamedTuple):
@@ -70,7 +82,7 @@ def splits_of(config: ConfigDict) -> Splits:
 
 
 def open_splits(data: ConfigDict) -> tuple[Source, Source | None]:
-    """Opens the training and, where ``config.data.test_split`` names one, the test split.
+    """Opens the training and, where there is one, the test split.
 
     What fits into ``config.data.cache_gib`` is decoded at once and stays in memory, unless
     its crops are random: those are made of the files.
@@ -78,7 +90,7 @@ def open_splits(data: ConfigDict) -> tuple[Source, Source | None]:
     Raises:
       UserError: what is missing or damaged, by path.
     """
-    train, *rest = _opened(data, ("train", "test") if data.test_split else ("train",))
+    train, *rest = _opened(data, ("train", "test") if has_test_split(data) else ("train",))
     channels = train.image_shape[-1]
     if data.mean and len(data.mean) != channels:
         raise UserError(

@@ -23,7 +23,7 @@ from absl import flags
 from tqdm import tqdm
 
 from mimicnorm_jax import command_line
-from mimicnorm_jax.data.folder import IMAGE_SUFFIXES
+from mimicnorm_jax.data.listing import list_class
 from mimicnorm_jax.errors import UserError, refused_by_system
 from mimicnorm_jax.export.rebuilt import is_export
 from mimicnorm_jax.parallel import make_mesh
@@ -69,16 +69,10 @@ def images_in(arguments: Sequence[str]) -> list[pathlib.Path]:
 
 def _images_below(folder: pathlib.Path) -> list[pathlib.Path]:
     with refused_by_system(f"cannot read folder {folder}"):
-        found = sorted(
-            path
-            for path in folder.rglob("*")
-            if path.suffix.lower() in IMAGE_SUFFIXES
-            and not path.name.startswith(".")
-            and path.is_file()
-        )
+        found = list_class(folder).files
     if not found:
-        raise UserError(f"{folder} has no images ({', '.join(IMAGE_SUFFIXES)})")
-    return found
+        raise UserError(f"{folder} has no images")
+    return [folder / name for name in found]
 
 
 def answers(

@@ -99,6 +99,8 @@ def parse_description(value: dict[str, Any]) -> Description:
         std=tuple(map(float, of_images["std"])),
     )
     view = View(**value["view"])
+    red, green, blue = map(int, view.background)
+    view = dataclasses.replace(view, background=(red, green, blue))
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("class_names are no list of words")
     if len(names) != images.num_classes:

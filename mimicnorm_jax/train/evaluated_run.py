@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from mimicnorm_jax.config import FREE_FIELDS, TEST_FIELDS, flatten, validate
 from mimicnorm_jax.data.classes import Labels, columns_of
 from mimicnorm_jax.data.sources import Source
-from mimicnorm_jax.data.splits import Splits, open_test_split, splits_of, view_of
+from mimicnorm_jax.data.splits import Splits, has_test_split, open_test_split, splits_of, view_of
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.parallel import coordination, make_mesh, replicate
 from mimicnorm_jax.train.calibrated import read_calibration
@@ -216,13 +216,14 @@ def _open(config: ConfigDict, workdir: pathlib.Path, question: Question) -> _Ope
         description = Description.of(config, training.train, images_trained_on)
     program = make_program(config, description.images, mesh)
     has_averages = program.abstract_state.ema_params is not None
+    has_test = has_test_split(config.data)
     if (
         question.exact
-        or not config.data.test_split
+        or not has_test
         or (has_averages and jax.tree.leaves(program.abstract_state.batch_stats))
     ):
         training = training or _training_images(config, of_run, workdir)
-    if config.data.test_split:
+    if has_test:
         split, images = "test", open_test_split(config.data, description.images.shape)
     else:
         assert training is not None
@@ -271,7 +272,7 @@ def _training_images(config: ConfigDict, of_run: ConfigDict, workdir: pathlib.Pa
         return opened(config)
     except UserError:
         # without a test split they are what is evaluated, and so what was asked for
-        if not config.data.test_split or flatten(config.data) == flatten(of_run.data):
+        if not has_test_split(config.data) or flatten(config.data) == flatten(of_run.data):
             raise
     return opened(of_run)
 

@@ -3,7 +3,9 @@
 import io
 import pathlib
 import struct
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -12,9 +14,8 @@ import simplejpeg
 import sklearn.datasets
 from PIL import Image
 
-from mimicnorm_jax.data import images
+from mimicnorm_jax.data import images, pillow
 from mimicnorm_jax.data.images import (
-    MAX_PIXELS,
     Crop,
     centre_crop,
     decode,
@@ -228,7 +229,20 @@ class TestUnusualFilesThatAreFine:
     def test_a_palette_with_alpha(self):
         red = Image.new("RGB", (8, 8), (255, 0, 0)).convert("P", palette=Image.Palette.ADAPTIVE)
         got = loaded(saved(red, "png", transparency=b"\x80"))
-        np.testing.assert_array_equal(got, np.full((8, 8, 3), (255, 0, 0)))
+        np.testing.assert_array_equal(got, np.full((8, 8, 3), (255, 127, 127)))
+
+    @pytest.mark.parametrize(
+        ("mode", "kind"), [("RGBA", "png"), ("LA", "png"), ("RGBA", "webp"), ("RGBA", "tiff")]
+    )
+    def test_transparent_images_are_put_on_the_background(self, mode, kind):
+        image = Image.new("RGBA", (8, 8), (200, 200, 200, 0))
+        image.paste((100, 100, 100, 255), (0, 0, 4, 8))
+        options = {"lossless": True} if kind == "webp" else {}
+        data = saved(image.convert(mode), kind, **options)
+        for background in ((255, 255, 255), (10, 20, 30)):
+            got = decode(data, upright=True, background=background)
+            np.testing.assert_array_equal(got[:, :4], np.full((8, 4, 3), 100))
+            np.testing.assert_array_equal(got[:, 4:], np.full((8, 4, 3), background))
 
     @pytest.mark.parametrize("kind", ["png", "jpeg"])
     def test_a_single_pixel_is_enlarged(self, kind):
@@ -269,14 +283,17 @@ def truncated(fraction):
 
 
 BAD = {
-    "empty": (b"", "it is no image"),
-    "text": (b"this is not an image\n" * 20, "it is no image"),
+    "empty": (b"", "it is no image of a kind that is read"),
+    "text": (b"this is not an image\n" * 20, "it is no image of a kind that is read"),
     "truncated in the header": (truncated(0.001), "it is no image|truncated|Truncated"),
     "truncated early": (truncated(0.2), "truncated"),
     "truncated late": (truncated(0.98), "truncated"),
-    "huge png": (huge_png(), f"claims 60000 x 60000 pixels, more than {MAX_PIXELS}|exceeds limit"),
-    "huge jpeg": (huge_jpeg(), f"claims 60000 x 60000 pixels, more than {MAX_PIXELS}"),
-    "zeros": (bytes(4096), "it is no image"),
+    "huge png": (huge_png(), "claims 60000 x 60000 pixels, which take .* GiB|exceeds limit"),
+    "huge jpeg": (
+        huge_jpeg(),
+        "claims 60000 x 60000 pixels, which take 10.1 GiB to decode",
+    ),
+    "zeros": (bytes(4096), "it is no image of a kind that is read"),
 }
 
 
@@ -288,3 +305,73 @@ def test_bad_files_are_refused(kind):
     # also where the crop ends above what is missing
     with pytest.raises(DECODING_ERRORS, match=message):
         decode_crop(data, lambda height, width: Crop(0, 0, 16, 16), 16, upright=True)
+
+
+READ = {
+    "jpeg": {"quality": 100, "subsampling": 0},
+    **{kind: {} for kind in ("png", "bmp", "gif", "tiff", "ppm")},
+    "webp": {"lossless": True},
+    "avif": {"quality": 100},
+}
+
+
+@pytest.mark.parametrize("kind", READ)
+def test_kinds_that_are_read(kind):
+    if kind.upper() not in pillow.KINDS:
+        pytest.skip("AVIF needs Pillow 11.3")
+    image = gradient("RGB")
+    assert difference(loaded(saved(image, kind, **READ[kind])), np.asarray(image)) < 3
+
+
+@pytest.mark.parametrize("kind", ["ico", "tga", "pcx", "sgi", "eps", "pdf", "jpeg2000"])
+def test_other_kinds_are_not_opened_whatever_they_are_called(kind):
+    with pytest.raises(ValueError, match="no image of a kind that is read"):
+        decode(saved(gradient("RGB"), kind), upright=True)
+
+
+def test_what_is_not_read_is_named():
+    box = struct.pack(">I", 24) + b"ftyp"
+    with pytest.raises(ValueError, match="it is HEIC, which is not read: make it a JPEG"):
+        decode(box + b"heic" + bytes(12), upright=True)
+    floats = Image.fromarray(np.ones((4, 4), np.float32))
+    with pytest.raises(ValueError, match="floating-point numbers"):
+        decode(saved(floats, "tiff"), upright=True)
+
+
+def test_the_first_picture_of_several():
+    pictures = [Image.new("RGB", (8, 8), (value, 0, 0)) for value in (250, 100)]
+    data = saved(pictures[0], "gif", save_all=True, append_images=pictures[1:])
+    assert decode(data, upright=True)[0, 0].tolist() == [250, 0, 0]
+
+
+def test_an_image_is_refused_by_what_it_takes(monkeypatch):
+    photo = saved(gradient("RGB"), "png")
+    for mode, kind, bytes_a_pixel in (("RGB", "png", 10), ("RGBA", "png", 18), ("L", "gif", 11)):
+        data = saved(gradient("RGB").convert(mode), kind)
+        monkeypatch.setattr(pillow, "MAX_BYTES", 64 * 64 * bytes_a_pixel)
+        decode(data, upright=True)
+        monkeypatch.setattr(pillow, "MAX_BYTES", 64 * 64 * bytes_a_pixel - 1)
+        with pytest.raises(ValueError, match="its header claims 64 x 64 pixels"):
+            decode(data, upright=True)
+    monkeypatch.setattr(pillow, "MAX_BYTES", 2**30)
+    decode(photo, upright=True)
+
+
+def test_all_threads_together_hold_no_more_than_they_may(monkeypatch):
+    size = 64 * 64 * 10
+    monkeypatch.setattr(pillow, "_memory", pillow._Memory(2 * size))
+    inside, most = [], []
+    as_rgb = pillow._as_rgb
+
+    def watched(*args):
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+        return as_rgb(*args)
+
+    monkeypatch.setattr(pillow, "_as_rgb", watched)
+    data = saved(gradient("RGB"), "png")
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: decode(data, upright=True), range(16)))
+    assert max(most) == 2

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from mimicnorm_jax import command_line
 from mimicnorm_jax.config import validate
-from mimicnorm_jax.data.splits import Splits, splits_of
+from mimicnorm_jax.data.splits import Splits, has_test_split, splits_of
 from mimicnorm_jax.errors import RunError, UserError
 from mimicnorm_jax.parallel import make_mesh
 from mimicnorm_jax.tools.campaign import runs
@@ -140,8 +140,8 @@ class Campaign:
 
     def _opened(self, data_set: str) -> Opened:
         config = self._variant(data_set, self._config.network, self._config.method)
-        if not config.data.test_split:
-            raise UserError("config.data.test_split is empty; a campaign compares test accuracies")
+        if not has_test_split(config.data):
+            raise UserError("there is no test split; a campaign compares test accuracies")
         splits = splits_of(config)
         resident = ResidentSplit(splits.train, self._mesh)
         return Opened(splits, images_of(config, splits.train), resident)

@@ -1,0 +1,150 @@
+"""Where in a folder the training and the test images are."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from mimicnorm_jax.data import listing
+from mimicnorm_jax.errors import UserError, refused_by_system
+
+_TRAINING = ("train", "training")
+_TESTS = ("test", "testing")
+_VALIDATION = ("val", "valid", "validation")
+
+
+class Layout(NamedTuple):
+    """The folders of the splits.
+
+    Attributes:
+      train: of the training images; None where it is not there, which a test alone does not need.
+      test: of the test images; None where there is none.
+      said: how they were found, where not by the configured names; else empty.
+      is_without_splits: the training images are all there are.
+    """
+
+    train: pathlib.Path | None
+    test: pathlib.Path | None
+    said: str = ""
+    is_without_splits: bool = False
+
+    def folder(self, part: str, data: ConfigDict) -> pathlib.Path:
+        """That of ``"train"`` or ``"test"``.
+
+        Raises:
+          UserError: it is not there.
+        """
+        found = self.train if part == "train" else self.test
+        if found is not None:
+            return found
+        name = data[f"{part}_split"]
+        held_out = "; to test on a tenth of the training images of each class, "
+        held_out += "--config.data.test_split= --config.data.holdout=0.1"
+        raise UserError(
+            f"config.data.dir = {data.dir!r} has no folder {name}"
+            f"{held_out if part == 'test' else ''}"
+        )
+
+
+def find_layout(data: ConfigDict) -> Layout:
+    """The folders of ``config.data.dir`` that have the splits.
+
+    By the configured names; by the usual ones where these are not there; or the folder itself,
+    where its folders are classes, not splits.
+
+    Raises:
+      UserError: there is no such folder, or it has neither splits nor classes.
+    """
+    root = pathlib.Path(data.dir).expanduser()
+    with refused_by_system(f"config.data.dir = {data.dir!r} cannot be read"):
+        if not root.is_dir():
+            where = "" if root.is_absolute() else f" below {pathlib.Path.cwd()}"
+            raise UserError(f"config.data.dir = {data.dir!r} is not a folder{where}")
+        train, test = _split(root, data.train_split), _split(root, data.test_split)
+        if train is None and test is None:
+            if _has_classes(root):
+                return _without_splits(root, data)
+            raise UserError(_nothing_found(root, data))
+    return Layout(train, test, _said(root, data, train, test))
+
+
+def _split(root: pathlib.Path, name: str) -> pathlib.Path | None:
+    """The folder of a split: of its name, or of another that means the same."""
+    if not name:
+        return None
+    if (root / name).is_dir():
+        return None if _is_class(root, root / name) else root / name
+    if name.lower() in _TRAINING:
+        usual: tuple[str, ...] = _TRAINING
+    elif name.lower() in _TESTS:
+        usual = _TESTS + _VALIDATION
+    elif name.lower() in _VALIDATION:
+        usual = _VALIDATION + _TESTS
+    else:
+        return None  # a name that somebody thought of, and not where it was meant
+    there = {path.name.lower(): path for path in listing.folders_in(root)}
+    found = next((there[other] for other in usual if other in there), None)
+    return None if found is None or _is_class(root, found) else found
+
+
+def _is_class(root: pathlib.Path, folder: pathlib.Path) -> bool:
+    """Whether a folder that is named like a split is a class: trains have been photographed."""
+    return folder != root and listing.count_images(folder) > 0 and not listing.folders_in(folder)
+
+
+def _has_classes(root: pathlib.Path) -> bool:
+    return any(listing.list_class(folder).files for folder in listing.folders_in(root))
+
+
+def _without_splits(root: pathlib.Path, data: ConfigDict) -> Layout:
+    if root.name.lower() in _TRAINING and _split(root.parent, data.test_split) is not None:
+        raise UserError(
+            f"config.data.dir = {data.dir!r} are training images; give the folder that has them "
+            f"and the test images: --config.data.dir={root.parent}"
+        )
+    inner = [folder for folder in listing.folders_in(root) if _split(folder, data.train_split)]
+    if inner:
+        raise UserError(
+            f"config.data.dir = {data.dir!r} has no {data.train_split}; {inner[0]} has: "
+            f"--config.data.dir={inner[0]}"
+        )
+    only = listing.folders_in(root)
+    if len(only) == 1 and len(listing.folders_in(only[0])) > 1:
+        raise UserError(
+            f"config.data.dir = {data.dir!r} has one folder, {only[0].name}; if that has the "
+            f"classes: --config.data.dir={only[0]}"
+        )
+    if not data.holdout:
+        raise UserError(
+            f"config.data.dir = {data.dir!r} has classes, but neither {data.train_split} nor "
+            f"{data.test_split or 'a test split'}: to test on a tenth of each class, "
+            "--config.data.holdout=0.1"
+        )
+    said = f"{root} has no splits: its folders are taken as classes"
+    return Layout(root, None, said, is_without_splits=True)
+
+
+def _nothing_found(root: pathlib.Path, data: ConfigDict) -> str:
+    there = [folder.name for folder in listing.folders_in(root)]
+    found = f"it has {', '.join(there[:5])}" if there else "it has no folders"
+    return (
+        f"config.data.dir = {data.dir!r} has no images in {data.train_split}/<class> or <class>; "
+        f"{found}"
+    )
+
+
+def _said(
+    root: pathlib.Path,
+    data: ConfigDict,
+    train: pathlib.Path | None,
+    test: pathlib.Path | None,
+) -> str:
+    found = {data.train_split: train, data.test_split: test}
+    others = [
+        f"{path.name} for {name}"
+        for name, path in found.items()
+        if path is not None and path != root / name
+    ]
+    return f"in {root}, {' and '.join(others)}" if others else ""
