@@ -84,13 +84,17 @@ def _is_plain(jpeg: _Jpeg, data: bytes, *, upright: bool) -> bool:
     return not (upright and jpeg.has_exif and pillow.is_turned(data))
 
 
-def decode(data: bytes, *, upright: bool, background: Colour = WHITE) -> np.ndarray:
+def decode(
+    data: bytes, *, upright: bool, background: Colour = WHITE, at_least: int | None = None
+) -> np.ndarray:
     """The whole image, uint8 ``(H, W, 3)``.
 
     Args:
       data: content of the file.
       upright: turn it as its EXIF orientation says.
       background: what a transparent image is put on.
+      at_least: a JPEG is decoded at a half, quarter or eighth where its short side still has as
+        many pixels; None: as it is.
 
     Raises:
       Exception: damaged, of no kind that is read, or too large; mostly ``OSError`` or
@@ -98,10 +102,27 @@ def decode(data: bytes, *, upright: bool, background: Colour = WHITE) -> np.ndar
     """
     jpeg = _parse_jpeg(data)
     if jpeg is not None and _is_plain(jpeg, data, upright=upright):
-        with pillow.room_for(jpeg.height, jpeg.width, 3), contextlib.suppress(ValueError):
+        scale = _scale(min(jpeg.height, jpeg.width), at_least)
+        sides, options = _scaled(jpeg.height, jpeg.width, scale)
+        with pillow.room_for(*sides, 3), contextlib.suppress(ValueError):
             # a warning is enough for that: many a good file has a superfluous byte
-            return simplejpeg.decode_jpeg(data, "RGB")
-    return pillow.decode(data, upright=upright, background=background)
+            return simplejpeg.decode_jpeg(data, "RGB", **options)
+    return pillow.decode(data, upright=upright, background=background, at_least=at_least)
+
+
+def _scale(short: int, at_least: int | None) -> int:
+    """Of a short side, 1, 2, 4 or 8, so that as many pixels are left."""
+    scale = 1
+    while at_least and scale < 8 and short >= 2 * scale * at_least:
+        scale *= 2
+    return scale
+
+
+def _scaled(height: int, width: int, scale: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """The sides of a JPEG that is decoded at a part of its size, and how simplejpeg is told."""
+    sides = math.ceil(height / scale), math.ceil(width / scale)
+    options = {"min_height": sides[0], "min_width": sides[1], "min_factor": scale}
+    return sides, options if scale > 1 else {}
 
 
 def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
@@ -171,24 +192,15 @@ def _decode_part(data: bytes, jpeg: _Jpeg, crop: Crop, size: int) -> np.ndarray 
     """
     if data.rfind(_END_OF_IMAGE) < jpeg.scan_at:
         return None  # truncated, which Pillow will say
-    scale = 1
-    while scale < 8 and min(crop.height, crop.width) >= 2 * scale * size:
-        scale *= 2
+    scale = _scale(min(crop.height, crop.width), size)
     # Rows beyond the crop, which the upsampling of the colours looks at, and whole blocks.
     needed = crop.top + crop.height + 2 * scale
     height = min((needed // _BLOCK_ROWS + 1) * _BLOCK_ROWS, jpeg.height)
     if height < jpeg.height:
         at = jpeg.height_at
         data = data[:at] + height.to_bytes(2) + data[at + 2 :]
-    options = {}
-    rows, columns = math.ceil(height / scale), math.ceil(jpeg.width / scale)
-    if scale > 1:
-        options = {
-            "min_height": rows,
-            "min_width": columns,
-            "min_factor": scale,
-        }
-    with pillow.room_for(rows, columns, 3):
+    sides, options = _scaled(height, jpeg.width, scale)
+    with pillow.room_for(*sides, 3):
         try:
             # With the fast inverse cosine transform, as TensorFlow does by default: a level of
             # noise on average, where evaluation is exact.

@@ -93,13 +93,17 @@ def is_turned(data: bytes) -> bool:
         return _turn(image) is not None
 
 
-def decode(data: bytes, *, upright: bool, background: Colour = WHITE) -> np.ndarray:
+def decode(
+    data: bytes, *, upright: bool, background: Colour = WHITE, at_least: int | None = None
+) -> np.ndarray:
     """The whole image, uint8 ``(H, W, 3)``.
 
     Args:
       data: content of the file.
       upright: turn it as its EXIF orientation says.
       background: what a transparent image is put on.
+      at_least: a JPEG is decoded at a half, quarter or eighth where its short side still has as
+        many pixels; None: as it is.
 
     Raises:
       Exception: damaged, no image of ``KINDS``, or of more than ``MAX_BYTES``; mostly ``OSError``
@@ -110,6 +114,9 @@ def decode(data: bytes, *, upright: bool, background: Colour = WHITE) -> np.ndar
     except UnidentifiedImageError as error:  # whose message is the address of the bytes
         raise ValueError(_what_it_is(data)) from error
     with opened as file:
+        if at_least is not None:
+            width, height = (at_least * side // min(file.size) for side in file.size)
+            file.draft(file.mode, (width, height))
         is_transparent = file.mode in _TRANSPARENT or "transparency" in file.info
         # as it is, as it is put on a background, and the array, which Pillow makes of a copy
         stored = 1 if file.mode in _ONE_BYTE else 4

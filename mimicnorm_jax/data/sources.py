@@ -162,13 +162,7 @@ class EncodedSource(abc.ABC):
         Raises:
           UserError: the image is damaged, or its label is none; says where it is.
         """
-        view = self.view
-
-        def centre(data: bytes) -> np.ndarray:
-            whole = images.decode(data, upright=view.upright, background=view.background)
-            return images.centre_crop(whole, view.size, view.resize)
-
-        return self._example(index, centre)
+        return self._example(index, self._centre())
 
     def cropped(self, index: int, choose: CropChoice) -> tuple[np.ndarray, int]:
         """A crop of an image, resized, and its label; raises ``UserError`` as above."""
@@ -177,6 +171,21 @@ class EncodedSource(abc.ABC):
         return self._example(
             index, lambda data: images.decode_crop(data, choose, view.size, **options)
         )
+
+    def roughly(self, index: int) -> np.ndarray:
+        """The image as above, of which a large JPEG is decoded at a half, quarter or eighth."""
+        return self._example(index, self._centre(at_least=self.view.resize))[0]
+
+    def _centre(self, at_least: int | None = None) -> Callable[[bytes], np.ndarray]:
+        view = self.view
+
+        def centre(data: bytes) -> np.ndarray:
+            whole = images.decode(
+                data, upright=view.upright, background=view.background, at_least=at_least
+            )
+            return images.centre_crop(whole, view.size, view.resize)
+
+        return centre
 
     def _example(self, index: int, decode: Callable[[bytes], np.ndarray]) -> tuple[np.ndarray, int]:
         try:
@@ -218,28 +227,36 @@ def cache(source: Source, *, description: str, workers: int = 8) -> ArraySource:
     return ArraySource(pixels, labels, source.class_names, source.identity)
 
 
-def channel_statistics(source: Source, *, at_most: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
+def channel_statistics(
+    source: Source, *, at_most: int = 10_000, workers: int = 8
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each channel, in units of 1.
 
     Args:
       source: the training split.
       at_most: a larger split that is not in memory is sampled at this many evenly spaced
-        examples.
+        examples, see ``EncodedSource.roughly``.
+      workers: decoding threads.
 
     Returns:
       Two float64 arrays ``(C,)``.
     """
-    if isinstance(source, ArraySource):
-        chunks = np.array_split(source.images, max(1, len(source) // 1000))
-    else:
+    if isinstance(source, EncodedSource):
         chosen = np.linspace(0, len(source) - 1, min(at_most, len(source))).astype(int)
-        chunks = [source[index][0][None] for index in chosen]
-    count, total, squares = 0, 0.0, 0.0
-    for chunk in chunks:
-        pixels = chunk.reshape(-1, chunk.shape[-1]) / 255.0
-        count += len(pixels)
-        total = total + pixels.sum(0)
-        squares = squares + np.square(pixels).sum(0)
-    mean = np.asarray(total) / count
-    std = np.sqrt(np.maximum(np.asarray(squares) / count - mean**2, 0.0))
+        with ThreadPoolExecutor(workers) as pool:
+            sums = pool.map(lambda index: _sums(source.roughly(index)), chosen)
+            shown = progress_bar(sums, "measuring mean and std", len(chosen), unit="image")
+            counts, totals, squares = (sum(parts) for parts in zip(*shown, strict=True))
+    else:
+        assert isinstance(source, ArraySource)
+        chunks = map(_sums, np.array_split(source.images, max(1, len(source) // 1000)))
+        counts, totals, squares = (sum(parts) for parts in zip(*chunks, strict=True))
+    mean = np.asarray(totals) / counts
+    std = np.sqrt(np.maximum(np.asarray(squares) / counts - mean**2, 0.0))
     return mean, np.where(std > 0, std, 1.0)
+
+
+def _sums(pixels: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
+    """How many pixels, and the sums of their channels and of the squares of these."""
+    values = pixels.reshape(-1, pixels.shape[-1]) / 255.0
+    return len(values), values.sum(0), np.square(values).sum(0)

@@ -114,7 +114,12 @@ class Experiment(Program):
         return prefetch(host, lambda batch: shard_batch(batch, self.mesh))
 
 
-def images_of(config: ConfigDict, train: Source, pretrained: Pretrained | None = None) -> Images:
+def images_of(
+    config: ConfigDict,
+    train: Source,
+    pretrained: Pretrained | None = None,
+    before: Images | None = None,
+) -> Images:
     """What a program must know of the training images.
 
     Args:
@@ -122,12 +127,15 @@ def images_of(config: ConfigDict, train: Source, pretrained: Pretrained | None =
       train: the training split.
       pretrained: the weights that the run starts from, which were made for a mean and a standard
         deviation of their own.
+      before: what a run that goes on measured when it began.
 
     Raises:
       UserError: these are of another number of channels.
     """
     if config.data.mean:
         mean, std = np.array(config.data.mean), np.array(config.data.std)
+    elif before is not None:
+        mean, std = np.array(before.mean), np.array(before.std)
     elif pretrained is not None:
         mean, std = np.array(pretrained.mean), np.array(pretrained.std)
         if len(mean) != train.image_shape[-1]:

@@ -19,6 +19,7 @@ from mimicnorm_jax.data.splits import splits_of
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.guest import guests
 from mimicnorm_jax.parallel import coordination, make_mesh
+from mimicnorm_jax.train.description import read_description
 from mimicnorm_jax.train.experiment import Experiment, experiment_of, images_of
 from mimicnorm_jax.train.init_from import find_pretrained, read_pretrained
 from mimicnorm_jax.train.provenance import config_as_json
@@ -93,6 +94,9 @@ def set_up_together(config: ConfigDict, workdir: pathlib.Path) -> Experiment:
     check_same_configuration(config)
     experiment = coordination.together("set-up", lambda: set_up(config, workdir))
     check_same_images(experiment.splits._asdict())
+    # A process that has its images in memory measures all of them, exactly, and another some.
+    mean, std = experiment.images.mean, experiment.images.std
+    _check_alike("normalization", {"the images' mean and std (config.data.mean)": [*mean, *std]})
     if (pretrained := experiment.pretrained) is not None:
         _check_alike("init_from", {"the weights of config.init_from": pretrained.sha256})
     return experiment
@@ -143,7 +147,9 @@ def set_up(config: ConfigDict, workdir: pathlib.Path | None = None) -> Experimen
     silence_false_alarms(mesh)
     splits = splits_of(config)
     pretrained = read_pretrained(config) if workdir is None else find_pretrained(config, workdir)
-    images = images_of(config, splits.train, pretrained)
+    begun = None if workdir is None else read_description(workdir)
+    before = None if begun is None else begun.images
+    images = images_of(config, splits.train, pretrained, before)
     experiment = experiment_of(config, images, mesh, splits)
     if pretrained is None:
         return experiment

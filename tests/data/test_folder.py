@@ -1,8 +1,11 @@
+import io
 import os
+import pathlib
 import shutil
 
 import numpy as np
 import pytest
+import sklearn.datasets
 from PIL import Image
 
 from mimicnorm_jax.config import default_config
@@ -11,6 +14,7 @@ from mimicnorm_jax.data.sources import View, cache, channel_statistics
 from mimicnorm_jax.data.splits import open_splits
 from mimicnorm_jax.errors import UserError
 
+PHOTO = (pathlib.Path(sklearn.datasets.__file__).parent / "images" / "china.jpg").read_bytes()
 VIEW = View(size=8, resize=8, upright=True)
 
 
@@ -149,6 +153,16 @@ def test_caching_changes_nothing_but_the_speed(folder):
         assert lazy[index][1] == cached[index][1]
     for got, expected in zip(channel_statistics(lazy), channel_statistics(cached), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-12)
+
+
+def test_channel_statistics_of_photographs_are_measured_on_a_part_of_their_size(folder):
+    photo = Image.open(io.BytesIO(PHOTO)).resize((640, 427))
+    for index in range(3):
+        photo.rotate(30 * index).save(folder / "train" / "cat" / f"9{index}.jpg", quality=95)
+    source = FolderSource(folder / "train", VIEW)
+    exact = channel_statistics(cache(source, description=""))
+    for got, expected in zip(channel_statistics(source), exact, strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-3)
 
 
 def test_channel_statistics_are_those_of_the_pixels():

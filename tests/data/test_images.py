@@ -375,3 +375,23 @@ def test_all_threads_together_hold_no_more_than_they_may(monkeypatch):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: decode(data, upright=True), range(16)))
     assert max(most) == 2
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_large_photograph_is_decoded_at_a_part_of_its_size(turned):
+    """The one by libjpeg-turbo, the other, which EXIF turns, by Pillow."""
+    large = Image.open(PHOTOS[0]).resize((1280, 854))
+    exif = Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    data = saved(large, "jpeg", quality=95, exif=exif)
+    whole = decode(data, upright=True)
+    assert whole.shape == ((1280, 854, 3) if turned else (854, 1280, 3))
+    for at_least, part in ((854, 1), (428, 1), (427, 2), (213, 4), (106, 8), (20, 8)):
+        found = decode(data, upright=True, at_least=at_least)
+        height, width = (-(-side // part) for side in whole.shape[:2])
+        assert found.shape == (height, width, 3), at_least
+    small = [
+        centre_crop(image, 64, 64) for image in (whole, decode(data, upright=True, at_least=64))
+    ]
+    assert difference(*small) < 2
+    assert abs(float(small[0].mean()) - float(small[1].mean())) < 0.5
