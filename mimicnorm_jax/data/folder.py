@@ -18,6 +18,9 @@ from mimicnorm_jax.data.sources import EncodedSource, View, digest
 from mimicnorm_jax.errors import UserError, refused_by_system
 
 _NO_CLASS = "in no class folder"
+_VERSION = 2  # of the identity; the first, which had none, was of names and sizes
+_DIGESTED = 1000  # files whose contents are part of it
+_DIGEST_STREAM = 0x1D  # tells these random numbers from others
 
 
 class FolderSource(EncodedSource):
@@ -91,12 +94,16 @@ class FolderSource(EncodedSource):
 
     @functools.cached_property
     def identity(self) -> str:
-        # all names, and some sizes: asking for a million of them would take minutes
+        # all names, and some contents: to read a million of them would take minutes
         names = (os.fsencode(self._below(index)) + b"\n" for index in range(len(self)))
-        chosen = np.linspace(0, len(self) - 1, min(1000, len(self))).astype(int)
+        chosen = np.arange(len(self))
+        if len(self) > _DIGESTED:
+            raw = np.random.Philox(np.random.SeedSequence(_DIGEST_STREAM)).random_raw(_DIGESTED)
+            chosen = np.unique(raw % np.uint64(len(self))).astype(int)
         with refused_by_system(f"cannot read the images in {self.directory}"):
-            sizes = np.array([self.path(index).stat().st_size for index in chosen])
-        return digest([*names, sizes])
+            paths = map(self.path, chosen.tolist())
+            contents = [digest([path.read_bytes()]).encode() for path in paths]
+        return f"{_VERSION}:{digest([*names, *contents])}"
 
     def read(self, index: int) -> tuple[bytes, int]:
         return self.path(index).read_bytes(), int(self.labels[index])

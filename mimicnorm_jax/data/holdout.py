@@ -56,7 +56,8 @@ def _part(source: Source, indices: np.ndarray) -> Source:
 
 
 def _identity(source: Source, indices: np.ndarray) -> str:
-    return digest([source.identity.encode(), indices.astype("<i8")])
+    version, colon, _ = source.identity.rpartition(":")
+    return version + colon + digest([source.identity.encode(), indices.astype("<i8")])
 
 
 class _EncodedPart(EncodedSource):

@@ -33,7 +33,10 @@ class Source(Protocol):
 
     @property
     def identity(self) -> str:
-        """A digest that tells these examples from others, wherever they are stored."""
+        """What tells these examples from others, wherever they are stored.
+
+        A digest; before it, where there were others, the version of how it is made and a colon.
+        """
         ...
 
     @property

@@ -14,6 +14,7 @@ from mimicnorm_jax.data.generated import open_digits, open_synthetic
 from mimicnorm_jax.data.holdout import hold_out
 from mimicnorm_jax.data.idx import open_idx
 from mimicnorm_jax.data.layout import find_layout
+from mimicnorm_jax.data.overlap import warn_of_overlap
 from mimicnorm_jax.data.sources import ArraySource, EncodedSource, Source, View, cache
 from mimicnorm_jax.data.tfds import open_tfds
 from mimicnorm_jax.errors import UserError, unknown
@@ -104,7 +105,11 @@ def open_splits(data: ConfigDict) -> tuple[Source, Source | None]:
             )
     else:
         train = _cached(train, data.train_split, data.cache_gib)
-    return train, _cached(rest[0], data.test_split, data.cache_gib) if rest else None
+    if not rest:
+        return train, None
+    test = _cached(rest[0], data.test_split, data.cache_gib)
+    warn_of_overlap(train, test)
+    return train, test
 
 
 def open_test_split(data: ConfigDict, image_shape: tuple[int, int, int]) -> Source:

@@ -37,6 +37,7 @@ from mimicnorm_jax.train.workdir import (
     check_workdir,
     data_identity,
     read_json,
+    same_images,
     saved_config,
     write_json,
 )
@@ -288,11 +289,9 @@ def _is_own(
     path, now = workdir / "data.json", data_identity(images)
     before = read_json(path) if path.exists() else now
     # a source that is opened alone may not know of classes that none of its images has
-    compared = ("examples", "sha256")
     same = all(
-        before.get(split, {}).get(key) == identity[key]
+        same_images(before.get(split, {}), identity, counted=("examples",))
         for split, identity in now.items()
-        for key in compared
     )
     if not same and all(flatten(config)[name] == flatten(of_run)[name] for name in TEST_FIELDS):
         check_data(workdir, now)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -155,13 +156,42 @@ def data_identity(splits: Mapping[str, Source | None]) -> DataIdentity:
     }
 
 
+def same_images(
+    there: Mapping[str, Any],
+    now: Mapping[str, Any],
+    counted: Sequence[str] = ("examples", "classes"),
+) -> bool:
+    """Whether two identities are of the same images, as far as can be told.
+
+    Args:
+      there: as a run remembers them.
+      now: as they are.
+      counted: what is compared besides the digest; and alone where the run is of a version of this
+        project that made another digest.
+    """
+    same = all(there.get(name) == now[name] for name in counted)
+    return same and (there["sha256"] == now["sha256"] or _is_older(there, now))
+
+
+def _is_older(there: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether digests were made in other ways, which a version before the colon tells."""
+    versions = {known["sha256"].rpartition(":")[0] for known in (there, now)}
+    return len(versions) > 1
+
+
 def check_data(workdir: pathlib.Path, data: DataIdentity) -> None:
     """Raises ``UserError`` if the run in ``workdir`` was started with other images."""
     path = workdir / "data.json"
     before = read_json(path) if path.exists() else data
     for split, now in data.items():
-        if before.get(split) != now:
-            there = before.get(split, {})
+        there = before.get(split, {})
+        if there and _is_older(there, now):
+            print(
+                f"NOTE: {workdir} knows its {split} images by their names and sizes only, as "
+                "earlier versions did: go on with the same ones",
+                file=sys.stderr,
+            )
+        if not same_images(there, now):
             raise UserError(
                 f"--workdir={workdir} holds a run on other {split} images ("
                 f"{there.get('examples')} of {there.get('classes')} classes there, "

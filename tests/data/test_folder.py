@@ -139,6 +139,24 @@ def test_the_identity_is_that_of_the_examples_and_not_of_their_place(folder, tmp
     renamed = identity(moved)
     path.with_name("3.jpg").write_bytes((moved / "train" / "dog" / "1.JPEG").read_bytes())
     assert len({before, renamed, identity(moved)}) == 3
+    for path in moved.rglob("*.*"):
+        os.utime(path, (1, 1))
+    assert identity(moved) == identity(moved, cache_gib=0.0) != before
+
+
+def test_inverted_images_of_the_same_size_are_others(folder):
+    for cat in (folder / "train" / "cat").glob("*.png"):
+        pixels = np.asarray(Image.open(cat))
+        Image.fromarray(pixels).save(cat.with_suffix(".bmp"))
+        cat.unlink()
+    source = FolderSource(folder / "train", VIEW)
+    before = source.identity
+    path = folder / "train" / "cat" / "0.bmp"
+    size = path.stat().st_size
+    Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    after = FolderSource(folder / "train", VIEW)
+    assert path.stat().st_size == size and paths_of(source) == paths_of(after)
+    assert before != after.identity
 
     digits = [open_splits(data_config(name="digits", image_size=8)) for _ in range(2)]
     assert digits[0][0].identity == digits[1][0].identity != digits[0][1].identity
@@ -222,7 +240,7 @@ def test_hidden_files_are_neither_classes_nor_images(folder):
 
 def test_any_name_that_the_system_allows_has_an_identity(folder):
     os.rename(folder / "train" / "cat" / "0.png", os.fsencode(folder) + b"/train/cat/\xff.png")
-    assert len(FolderSource(folder / "train", VIEW).identity) == 64
+    assert len(FolderSource(folder / "train", VIEW).identity) == 66
 
 
 def test_an_image_that_went_away_is_named(folder):

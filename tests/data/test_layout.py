@@ -13,17 +13,17 @@ from mimicnorm_jax.data.splits import has_test_split, open_splits
 from mimicnorm_jax.errors import UserError
 
 
-def write(path, value=100):
+def write(path, value=100, blue=0):
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = {".jpg": "jpeg", ".tif": "tiff"}.get(path.suffix, path.suffix[1:] or "png")
-    Image.new("RGB", (8, 8), (value, 0, 0)).save(path, kind)
+    Image.new("RGB", (8, 8), (value, 0, blue)).save(path, kind)
 
 
 def write_splits(root, names=("train", "test"), classes=("cat", "dog"), below=""):
-    for split in names:
+    for blue, split in enumerate(names):
         for label, name in enumerate(classes):
             for index in range(3):
-                write(root / split / name / below / f"{index}.png", 50 + 100 * label)
+                write(root / split / name / below / f"{index}.png", 50 + 100 * label, blue)
 
 
 def opened(root, **values):
@@ -190,3 +190,27 @@ def test_links_are_followed_and_those_that_lead_nowhere_are_named(tmp_path):
     (tmp_path / "train" / "cat" / "again").symlink_to(tmp_path / "train" / "cat")
     with pytest.raises(UserError, match="again is a link to a folder that it is in"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize("cache_gib", [0.0, 2.0])
+def test_training_images_in_the_test_split_are_warned_of(cache_gib, tmp_path, capsys):
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(20):
+                pixels = random.integers(0, 256, (8, 8, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / name / f"{index:02}.png")
+    opened(tmp_path, cache_gib=cache_gib)
+    assert "WARNING" not in capsys.readouterr().err
+    for index in range(3):
+        there = tmp_path / "train" / "dog" / f"{index:02}.png"
+        shutil.copy(there, tmp_path / "test" / "dog" / there.name)
+    opened(tmp_path, cache_gib=cache_gib)
+    assert "WARNING: 3 of 40 test images" in capsys.readouterr().err
+    opened(tmp_path, cache_gib=cache_gib, test_split="train")
+    assert "WARNING: every one of 40 test images" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "test")
+    shutil.copytree(tmp_path / "train", tmp_path / "test")
+    opened(tmp_path, cache_gib=cache_gib)
+    assert "WARNING: every one of 40 test images" in capsys.readouterr().err

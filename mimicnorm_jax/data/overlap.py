@@ -1,0 +1,74 @@
+"""Test images that are training images too."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from typing import NamedTuple
+
+import numpy as np
+
+from mimicnorm_jax.data.folder import FolderSource
+from mimicnorm_jax.data.sources import ArraySource, Source
+
+_COMPARED = 1000  # test images, where they are not in memory
+_WORTH_A_WORD = 0.01  # some data sets have a few duplicates, as published
+
+
+class Overlap(NamedTuple):
+    """How many of some test images are among the training images.
+
+    Attributes:
+      shared: of the test images that were compared, those that are training images.
+      compared: how many were.
+    """
+
+    shared: int
+    compared: int
+
+    def __str__(self) -> str:
+        what = "every one" if self.shared == self.compared else f"{self.shared}"
+        return (
+            f"{what} of {self.compared} test images that were compared: in the training images too"
+        )
+
+
+def overlap(train: Source, test: Source) -> Overlap:
+    """Compares test images with training images, by their content.
+
+    In memory all are compared. Of files, 1,000 test images are, with the training image of the
+    same name in the same class; of other sources none but whether both are the same.
+    """
+    if train.identity == test.identity:
+        return Overlap(len(test), len(test))
+    if isinstance(train, ArraySource) and isinstance(test, ArraySource):
+        if train.image_shape != test.image_shape:
+            return Overlap(0, 0)
+        known = set(map(_digest, train.images))
+        return Overlap(sum(_digest(image) in known for image in test.images), len(test))
+    if isinstance(train, FolderSource) and isinstance(test, FolderSource):
+        chosen = np.unique(np.linspace(0, len(test) - 1, min(_COMPARED, len(test))).astype(int))
+        return Overlap(sum(_is_in(train, test, index) for index in chosen), len(chosen))
+    return Overlap(0, 0)
+
+
+def warn_of_overlap(train: Source, test: Source) -> None:
+    """Says on standard error that test images were seen in training, if some were."""
+    found = overlap(train, test)
+    if found.shared > _WORTH_A_WORD * found.compared:
+        print(f"WARNING: {found}: the test accuracy will mean little", file=sys.stderr)
+
+
+def _digest(image: np.ndarray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
+
+
+def _is_in(train: FolderSource, test: FolderSource, index: int) -> bool:
+    path = test.path(index)
+    other = train.directory / path.relative_to(test.directory)
+    try:
+        if path.stat().st_size != other.stat().st_size:
+            return False
+        return path.read_bytes() == other.read_bytes()
+    except OSError:  # mostly: there is no file of this name
+        return False
