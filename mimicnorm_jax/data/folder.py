@@ -121,6 +121,11 @@ def _without_images(folder: pathlib.Path, found: listing.ClassFolder) -> str:
 def open_folders(data: ConfigDict, parts: Sequence[str]) -> list[FolderSource]:
     """The folders of ``config.data.dir`` for ``"train"`` and ``"test"``, or one of them."""
     layout = find_layout(data)
+    if len(parts) > 1 and layout.train is not None and layout.test is None:
+        raise UserError(
+            f"config.data.dir = {data.dir!r} has no folder {data.test_split}; to test on a tenth "
+            "of each training class: --config.data.test_split= --config.data.holdout=0.1"
+        )
     if layout.said:
         print(f"NOTE: {layout.said}", file=sys.stderr)
     found = [

@@ -39,13 +39,7 @@ class Layout(NamedTuple):
         found = self.train if part == "train" else self.test
         if found is not None:
             return found
-        name = data[f"{part}_split"]
-        held_out = "; to test on a tenth of the training images of each class, "
-        held_out += "--config.data.test_split= --config.data.holdout=0.1"
-        raise UserError(
-            f"config.data.dir = {data.dir!r} has no folder {name}"
-            f"{held_out if part == 'test' else ''}"
-        )
+        raise UserError(f"config.data.dir = {data.dir!r} has no folder {data[f'{part}_split']}")
 
 
 def find_layout(data: ConfigDict) -> Layout:
