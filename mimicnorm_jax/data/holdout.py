@@ -71,6 +71,10 @@ class _EncodedPart(EncodedSource):
         return len(self._indices)
 
     @property
+    def knows_labels(self) -> bool:
+        return self._whole.knows_labels
+
+    @property
     def labels(self) -> np.ndarray:
         return self._whole.labels[self._indices]
 

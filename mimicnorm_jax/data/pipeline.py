@@ -113,16 +113,20 @@ class Pipeline:
             indices[here] = _permutation(self.seed, int(epoch), size)[positions[here]]
         return indices
 
-    def batch(self, step: int) -> Batch:
+    def batch(self, step: int, at_most: int | None = None) -> Batch:
         """This process's part of a step: ``image`` uint8 (b, H, W, C), ``label`` int32 (b,).
+
+        Args:
+          step: its number.
+          at_most: as many examples only, the first.
 
         Raises:
           UserError: an image is damaged.
         """
-        indices = self.indices(step)[self._part]
+        indices = self.indices(step)[self._part][:at_most]
         if self.crop is None:
             return self._gather(indices)
-        u = uniforms(self.seed, step, self.batch_size, self.crop.draws)[self._part]
+        u = uniforms(self.seed, step, self.batch_size, self.crop.draws)[self._part][:at_most]
         return _stack([self._cropped(*pair) for pair in zip(indices, u, strict=True)])
 
     def _cropped(self, index: int, u: np.ndarray) -> tuple[np.ndarray, int]:

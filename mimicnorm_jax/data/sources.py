@@ -159,6 +159,11 @@ class EncodedSource(abc.ABC):
             shown = progress_bar(found, "reading labels", len(self))
             return np.fromiter(shown, np.int32, len(self))
 
+    @property
+    def knows_labels(self) -> bool:
+        """Whether ``labels`` are there without all examples being read."""
+        return "labels" in vars(self)
+
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         """The centre of an image, as in evaluation, and its label.
 

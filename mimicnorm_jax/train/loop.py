@@ -10,14 +10,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mimicnorm_jax.errors import RunError
+from mimicnorm_jax.errors import RunError, refused_by_system
 from mimicnorm_jax.parallel import coordination, replicate
 from mimicnorm_jax.train import messages
 from mimicnorm_jax.train.calibrated import Calibration, calibrate, write_calibrations
-from mimicnorm_jax.train.checkpoint import Checkpoints
+from mimicnorm_jax.train.checkpoint import Checkpoints, latest_step
 from mimicnorm_jax.train.evaluation import averaged, evaluate, outputs_of, recalibrate
 from mimicnorm_jax.train.experiment import Experiment
 from mimicnorm_jax.train.finite import FiniteCheck
+from mimicnorm_jax.train.first_batch import NAME as FIRST_BATCH
+from mimicnorm_jax.train.first_batch import draw_first_batch
 from mimicnorm_jax.train.lock import WorkdirLock
 from mimicnorm_jax.train.metrics import Pending, evaluations
 from mimicnorm_jax.train.opening import check_run, explained, opened
@@ -69,6 +71,9 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> Summary | None:
     with opened(experiment, workdir) as lock:
         if coordination.is_first():
             messages.introduce(experiment, workdir)
+            if not latest_step(workdir / "checkpoints"):
+                with refused_by_system(f"--workdir={workdir} cannot be written to"):
+                    draw_first_batch(experiment, workdir / FIRST_BATCH)
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
         with (
             explained(workdir, lock),

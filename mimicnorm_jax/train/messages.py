@@ -11,6 +11,7 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from mimicnorm_jax.config import flatten
+from mimicnorm_jax.data.sources import EncodedSource, Source
 from mimicnorm_jax.layers import last_bn_loss_floor
 from mimicnorm_jax.layers.loss_floor import expected_loss_floor
 from mimicnorm_jax.train.experiment import Experiment
@@ -19,6 +20,8 @@ from mimicnorm_jax.train.provenance import hardware
 from mimicnorm_jax.train.workdir import Summary
 
 _MUCH_ABOVE = 0.25  # nats
+_CLASSES_SHOWN = 12
+_UNEVEN = 10  # times as many images
 _AS_PRINTED = 5e-4  # means in three digits are the same
 
 
@@ -38,6 +41,8 @@ def introduce(experiment: Experiment, workdir: pathlib.Path) -> None:
         f"everything goes to {workdir}",
         flush=True,
     )
+    if line := classes(experiment.train_data.source):
+        print(line, flush=True)
     if experiment.start is not None:
         assert experiment.pretrained is not None
         print(starts_from(config, experiment.start, experiment.pretrained), flush=True)
@@ -49,6 +54,26 @@ def introduce(experiment: Experiment, workdir: pathlib.Path) -> None:
             f"{config.optimizer.ema_batches} training batches each time",
             flush=True,
         )
+
+
+def classes(train: Source) -> str:
+    """The classes in the order of the logits, and how many images each has; empty if unknown."""
+    if isinstance(train, EncodedSource) and not train.knows_labels:
+        return ""
+    counts = np.bincount(train.labels, minlength=len(train.class_names))
+    named = [f"{name} {count}" for name, count in zip(train.class_names, counts, strict=True)]
+    few, many = int(counts.argmin()), int(counts.argmax())
+    if len(named) > _CLASSES_SHOWN:
+        spread = named[few] if counts[few] == counts[many] else f"{named[few]} to {named[many]}"
+        named = [*named[:2], "…", named[-1] + f" ({len(counts)} classes, {spread} images)"]
+    line = f"classes, in the order of the logits, and their training images: {', '.join(named)}"
+    times = counts[many] / max(1, counts[few])
+    if times < _UNEVEN:
+        return line
+    return (
+        f"{line}\nNOTE: {train.class_names[many]} has {times:.0f} times as many images as "
+        f"{train.class_names[few]}: accuracy counts images, not classes"
+    )
 
 
 def starts_from(config: ConfigDict, start: Start, pretrained: Pretrained) -> str:

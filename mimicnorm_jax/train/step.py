@@ -143,17 +143,34 @@ def _make_inputs(
       ``inputs(step, images, indices) -> (images, keys)``: for uint8 images ``(B, H, W, C)`` with
       these indices in the global batch of a step, the network's input and keys for its dropout.
     """
-    augmentation = {name: config.data[name] for name in ("pad_crop", "flip", "rotation")}
 
     def inputs(
         step: jax.Array, images: jax.Array, indices: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        keys = jax.vmap(jax.random.split)(example_keys(config.seed, step, indices))
-        images = augment(images, keys[:, 0], **augmentation)
+        images, keys = augmented(config, step, images, indices)
         images = normalize(images, mean=mean, std=std, dtype=precision.param_dtype)
-        return images.astype(precision.dtype), keys[:, 1]
+        return images.astype(precision.dtype), keys
 
     return inputs
+
+
+def augmented(
+    config: ConfigDict, step: jax.Array | int, images: jax.Array, indices: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Training images as a step augments them.
+
+    Args:
+      config: ``seed`` and ``data`` are read.
+      step: its number.
+      images: uint8 ``(B, H, W, C)``.
+      indices: ``(B,)`` positions in the global batch.
+
+    Returns:
+      The images, and ``(B,)`` keys for what else is random.
+    """
+    options = {name: config.data[name] for name in ("pad_crop", "flip", "rotation")}
+    keys = jax.vmap(jax.random.split)(example_keys(config.seed, jnp.asarray(step), indices))
+    return augment(images, keys[:, 0], **options), keys[:, 1]
 
 
 def _indices(local: int) -> jax.Array:
