@@ -1,4 +1,5 @@
 import gzip
+import os
 import struct
 
 import numpy as np
@@ -57,11 +58,11 @@ def test_what_is_wrong_with_a_file_is_said(mnist):
     for content, message in (
         (gzip.compress(good)[:-10], "labels.*is damaged"),
         (gzip.compress(good[:-1]), "its header says 30 bytes, 29 follow"),
-        (gzip.compress(good + b"\0"), "its header says 30 bytes, 31 follow"),
+        (gzip.compress(good + b"\0"), "its header says 30 bytes, more follow"),
         (b"not gzip", "labels.*is damaged"),
-        (gzip.compress(idx_bytes(np.zeros(30), kind=13)), "not an IDX file of bytes"),
-        (gzip.compress(b"\0\0\x08\x03\0"), "not an IDX file of bytes"),
-        (gzip.compress(b""), "not an IDX file of bytes"),
+        (gzip.compress(idx_bytes(np.zeros(30), kind=13)), "not an IDX file of bytes or whole"),
+        (gzip.compress(b"\0\0\x08\x03\0"), "not an IDX file of bytes or whole"),
+        (gzip.compress(b""), "not an IDX file of bytes or whole"),
         (gzip.compress(idx_bytes(np.zeros(29))), "do not belong together"),
         (gzip.compress(b"\0\0\x08\x03" + b"\x80\0\0\0" * 3), "its header says 9903520314283042199"),
     ):
@@ -72,6 +73,72 @@ def test_what_is_wrong_with_a_file_is_said(mnist):
     with pytest.raises(UserError, match=r"train-labels-idx1-ubyte\.gz is missing"):
         open_splits(data_config(mnist))
     assert read_idx(images).shape == (30, 28, 28)
+
+
+def write_emnist(root, kind="letters"):
+    """A letter that is dark at the top, as EMNIST stores it: on its side."""
+    upright = np.zeros((52, 28, 28), np.uint8)
+    upright[:, :4] = 200
+    for split in ("train", "test"):
+        prefix = root / f"emnist-{kind}-{split}"
+        labels = np.arange(52) % 26 + 1
+        for name, array in (("images-idx3", upright.swapaxes(1, 2)), ("labels-idx1", labels)):
+            path = prefix.with_name(f"{prefix.name}-{name}-ubyte.gz")
+            path.write_bytes(gzip.compress(idx_bytes(array)))
+    rows = (f"{number} {64 + number} {96 + number}\n" for number in range(1, 27))
+    (root / f"emnist-{kind}-mapping.txt").write_text("".join(rows))
+    return {"train_split": f"emnist-{kind}-train", "test_split": f"emnist-{kind}-test"}
+
+
+def test_emnist_is_turned_upright_and_its_letters_count_from_0(tmp_path, capsys):
+    splits = write_emnist(tmp_path)
+    train, test = open_splits(data_config(tmp_path, **splits))
+    assert np.all(train.images[:, :4] == 200) and np.all(train.images[:, 4:] == 0)
+    assert train.class_names == [chr(code) for code in range(65, 91)] == test.class_names
+    assert np.bincount(train.labels).tolist() == [2] * 26
+    assert "emnist-letters-train are turned upright" in capsys.readouterr().err
+    (tmp_path / "emnist-letters-mapping.txt").unlink()
+    train, _ = open_splits(data_config(tmp_path, **splits))
+    assert train.class_names == [str(number) for number in range(26)]
+    with pytest.raises(
+        UserError, match=r"there are files of emnist-letters-test, emnist-letters-t"
+    ):
+        open_splits(data_config(tmp_path))
+
+
+def test_qmnists_labels_are_the_first_column_of_its_table(mnist):
+    table = np.zeros((30, 8), ">i4")
+    table[:, 0] = np.arange(30) % 10
+    table[:, 1:] = 70_000
+    header = bytes((0, 0, 12, 2)) + struct.pack(">2I", 30, 8)
+    for name in ("train", "test"):
+        images = (mnist / "train-images-idx3-ubyte.gz").read_bytes()
+        (mnist / f"qmnist-{name}-images-idx3-ubyte.gz").write_bytes(images)
+        labels = gzip.compress(header + table.tobytes())
+        (mnist / f"qmnist-{name}-labels-idx2-int.gz").write_bytes(labels)
+    splits = {"train_split": "qmnist-train", "test_split": "qmnist-test"}
+    train, _ = open_splits(data_config(mnist, **splits))
+    np.testing.assert_array_equal(train.labels, np.arange(30) % 10)
+    assert train.class_names == [str(i) for i in range(10)]
+
+
+def test_no_more_is_unpacked_than_the_header_announces(mnist, monkeypatch):
+    path = mnist / "train-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(idx_bytes(np.zeros(30)) + bytes(1000)))
+    counts = []
+    read = gzip.GzipFile.read
+    monkeypatch.setattr(
+        gzip.GzipFile, "read", lambda self, size=-1: counts.append(size) or read(self, size)
+    )
+    with pytest.raises(UserError, match="its header says 30 bytes, more follow"):
+        read_idx(path)
+    assert min(counts) > 0 and sum(counts) == 4 + 4 + 30 + 1
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe-images-idx3-ubyte")
+    with pytest.raises(UserError, match="is no regular file"):
+        read_idx(tmp_path / "pipe-images-idx3-ubyte")
 
 
 @pytest.mark.parametrize("shape", [(0, 28, 28), (30, 0, 0)])
