@@ -66,6 +66,12 @@ def build_directory(directory: str | pathlib.Path, name: str) -> pathlib.Path:
         begun = unfinished(root / name)
     if not found:
         half = f"{begun[0]} was not finished" if begun else f"{root / name} has no prepared version"
+        above = next((path for path in root.absolute().parents[:3] if finished(path / name)), None)
+        if above is not None:
+            raise UserError(
+                f"config.data.dir = {str(directory)!r} is too deep: {name} lies in {above}: "
+                f"--config.data.dir={above}"
+            )
         raise UserError(f"{half}; {how_to_prepare(name, directory)}")
     configs = sorted({str(path.parent.relative_to(root)) for path in found})
     if len(configs) > 1:

@@ -137,3 +137,14 @@ def test_as_many_files_may_be_open_as_there_are_shards(monkeypatch):
 def test_a_build_that_is_not_there(values, message):
     with pytest.raises(UserError, match=message):
         open_splits(data_config("D", "cifar100", **values))
+
+
+@pytest.mark.parametrize("below", ["cifar100", "cifar100/3.0.2", "cifar100/small/3.0.2"])
+def test_a_folder_too_deep_is_hinted_at(below, tmp_path):
+    version = tmp_path / below
+    if version.name == "cifar100":
+        version /= "3.0.2"
+    version.mkdir(parents=True)
+    (version / "dataset_info.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"is too deep: .*: --config\.data\.dir={tmp_path}$"):
+        build_directory(tmp_path / below, "cifar100")
