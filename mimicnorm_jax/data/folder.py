@@ -13,7 +13,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mimicnorm_jax.data import listing
-from mimicnorm_jax.data.layout import find_layout
+from mimicnorm_jax.data.annotations import read_annotations
+from mimicnorm_jax.data.layout import annotations_of, find_layout
 from mimicnorm_jax.data.sources import EncodedSource, View, digest
 from mimicnorm_jax.errors import UserError, refused_by_system
 
@@ -23,7 +24,65 @@ _DIGESTED = 1000  # files whose contents are part of it
 _DIGEST_STREAM = 0x1D  # tells these random numbers from others
 
 
-class FolderSource(EncodedSource):
+class FilesSource(EncodedSource):
+    """A split of image files whose classes are known.
+
+    Args:
+      directory: that the files are in.
+      files: their paths below it, with ``/``.
+      labels: of each file.
+      class_names: the classes, in the order of the labels.
+      view: what the images become.
+    """
+
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        files: list[str],
+        labels: np.ndarray,
+        class_names: list[str],
+        view: View,
+    ):
+        self.directory = directory
+        self._files = files
+        self.labels = labels
+        super().__init__(class_names, view)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def path(self, index: int) -> pathlib.Path:
+        """The file of an example."""
+        return self.directory / self._files[index]
+
+    @functools.cached_property
+    def identity(self) -> str:
+        # all names, and some contents: to read a million of them would take minutes
+        names = (os.fsencode(name) + b"\n" for name in self._files)
+        chosen = np.arange(len(self))
+        if len(self) > _DIGESTED:
+            raw = np.random.Philox(np.random.SeedSequence(_DIGEST_STREAM)).random_raw(_DIGESTED)
+            chosen = np.unique(raw % np.uint64(len(self))).astype(int)
+        with refused_by_system(f"cannot read the images in {self.directory}"):
+            paths = map(self.path, chosen.tolist())
+            contents = [digest([path.read_bytes()]).encode() for path in paths]
+        return f"{_VERSION}:{digest([*names, *contents, *self._told()])}"
+
+    def _told(self) -> list[bytes | np.ndarray]:
+        """What the names of the files do not say of their classes."""
+        return [
+            self.labels.astype("<i4"),
+            *(os.fsencode(name) + b"\n" for name in self.class_names),
+        ]
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        return self.path(index).read_bytes(), int(self.labels[index])
+
+    def describe(self, index: int) -> str:
+        return str(self.path(index))
+
+
+class FolderSource(FilesSource):
     """A split stored as ``directory/<class>/*.jpg``, with images of every type that is decoded.
 
     Folders in a class folder are part of the class. What is left out is said in one line.
@@ -40,14 +99,14 @@ class FolderSource(EncodedSource):
     """
 
     def __init__(self, directory: str | pathlib.Path, view: View, *, for_training: bool = True):
-        self.directory = pathlib.Path(directory)
-        self._files: list[str] = []
+        place = pathlib.Path(directory)
+        files: list[str] = []
         class_names: list[str] = []
         counts: list[int] = []
         empty: list[str] = []
         left_out: collections.Counter[str] = collections.Counter()
         with refused_by_system(f"cannot read folder {directory}"):
-            for folder in self._class_folders(for_training):
+            for folder in _class_folders(place, for_training):
                 found = listing.list_class(folder)
                 left_out += found.left_out
                 if not found.files:
@@ -57,59 +116,64 @@ class FolderSource(EncodedSource):
                     continue
                 class_names.append(folder.name)
                 counts.append(len(found.files))
-                self._files += found.files
-            left_out[_NO_CLASS] = listing.count_images(self.directory)
-        if not self._files:
+                files += [f"{folder.name}/{name}" for name in found.files]
+            left_out[_NO_CLASS] = listing.count_images(place)
+        if not files:
             raise UserError(f"the class folders of {directory} have no images")
         if empty:
             print(f"NOTE: without images in {directory}: {', '.join(empty)}", file=sys.stderr)
-        if said := listing.said_of(+left_out):
-            print(f"NOTE: left out in {directory}: {said}", file=sys.stderr)
-        self.labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        super().__init__(class_names, view)
+        _say_left_out(place, left_out)
+        labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        super().__init__(place, files, labels, class_names, view)
 
-    def __len__(self) -> int:
-        return len(self._files)
+    def _told(self) -> list[bytes | np.ndarray]:
+        return []
 
-    def path(self, index: int) -> pathlib.Path:
-        """The file of an example."""
-        return self.directory / self._below(index)
 
-    def _below(self, index: int) -> str:
-        return f"{self.class_names[self.labels[index]]}/{self._files[index]}"
+def _class_folders(directory: pathlib.Path, for_training: bool) -> list[pathlib.Path]:
+    expected = f"expected {directory}/<class>/*.jpg"
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a folder; {expected}")
+    folders = listing.folders_in(directory)
+    if not folders:
+        raise UserError(f"{directory} has no class folders; {expected}")
+    if len(folders) == 1 and for_training:
+        raise UserError(
+            f"{directory} has a single class, {folders[0].name}: nothing to learn; {expected}"
+        )
+    return folders
 
-    def _class_folders(self, for_training: bool) -> list[pathlib.Path]:
-        expected = f"expected {self.directory}/<class>/*.jpg"
-        if not self.directory.is_dir():
-            raise UserError(f"{self.directory} is not a folder; {expected}")
-        folders = listing.folders_in(self.directory)
-        if not folders:
-            raise UserError(f"{self.directory} has no class folders; {expected}")
-        if len(folders) == 1 and for_training:
-            raise UserError(
-                f"{self.directory} has a single class, {folders[0].name}: nothing to learn; "
-                f"{expected}"
-            )
-        return folders
 
-    @functools.cached_property
-    def identity(self) -> str:
-        # all names, and some contents: to read a million of them would take minutes
-        names = (os.fsencode(self._below(index)) + b"\n" for index in range(len(self)))
-        chosen = np.arange(len(self))
-        if len(self) > _DIGESTED:
-            raw = np.random.Philox(np.random.SeedSequence(_DIGEST_STREAM)).random_raw(_DIGESTED)
-            chosen = np.unique(raw % np.uint64(len(self))).astype(int)
-        with refused_by_system(f"cannot read the images in {self.directory}"):
-            paths = map(self.path, chosen.tolist())
-            contents = [digest([path.read_bytes()]).encode() for path in paths]
-        return f"{_VERSION}:{digest([*names, *contents])}"
+def _say_left_out(directory: pathlib.Path, left_out: collections.Counter[str]) -> None:
+    if said := listing.said_of(+left_out):
+        print(f"NOTE: left out in {directory}: {said}", file=sys.stderr)
 
-    def read(self, index: int) -> tuple[bytes, int]:
-        return self.path(index).read_bytes(), int(self.labels[index])
 
-    def describe(self, index: int) -> str:
-        return str(self.path(index))
+def annotated(directory: pathlib.Path, annotations: pathlib.Path, view: View) -> FilesSource:
+    """A split whose images are in one folder, and whose classes a file tells.
+
+    Args:
+      directory: the split's folder.
+      annotations: see ``find_annotations``.
+      view: what the images become.
+
+    Raises:
+      UserError: the file is damaged, or tells of other images.
+    """
+    classes = read_annotations(annotations)
+    with refused_by_system(f"cannot read folder {directory}"):
+        found = listing.list_class(directory)
+    names = {name: name.rpartition("/")[2].rpartition(".")[0] for name in found.files}
+    files = [name for name in found.files if names[name] in classes]
+    if not files:
+        raise UserError(f"{annotations} tells the class of no image in {directory}")
+    left_out = found.left_out - collections.Counter({annotations.suffix: 1})
+    left_out[_NO_CLASS] = len(found.files) - len(files)
+    _say_left_out(directory, left_out)
+    class_names = sorted(set(classes.values()))
+    numbers = {name: number for number, name in enumerate(class_names)}
+    labels = np.array([numbers[classes[names[name]]] for name in files], np.int32)
+    return FilesSource(directory, files, labels, class_names, view)
 
 
 def _without_images(folder: pathlib.Path, found: listing.ClassFolder) -> str:
@@ -118,7 +182,15 @@ def _without_images(folder: pathlib.Path, found: listing.ClassFolder) -> str:
     return f"class folder {folder} has {what}"
 
 
-def open_folders(data: ConfigDict, parts: Sequence[str]) -> list[FolderSource]:
+def _open(directory: pathlib.Path, view: View, for_training: bool) -> FilesSource:
+    annotations = annotations_of(directory)
+    if annotations is not None:
+        print(f"NOTE: the classes of {directory} are those in {annotations}", file=sys.stderr)
+        return annotated(directory, annotations, view)
+    return FolderSource(directory, view, for_training=for_training)
+
+
+def open_folders(data: ConfigDict, parts: Sequence[str]) -> list[FilesSource]:
     """The folders of ``config.data.dir`` for ``"train"`` and ``"test"``, or one of them."""
     layout = find_layout(data)
     if len(parts) > 1 and layout.train is not None and layout.test is None:
@@ -128,10 +200,7 @@ def open_folders(data: ConfigDict, parts: Sequence[str]) -> list[FolderSource]:
         )
     if layout.said:
         print(f"NOTE: {layout.said}", file=sys.stderr)
-    found = [
-        FolderSource(layout.folder(part, data), View.of(data), for_training="train" in parts)
-        for part in parts
-    ]
+    found = [_open(layout.folder(part, data), View.of(data), "train" in parts) for part in parts]
     first, last = found[0], found[-1]
     if first.class_names != last.class_names:
         differing = sorted(set(first.class_names) ^ set(last.class_names))

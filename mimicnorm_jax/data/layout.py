@@ -8,6 +8,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from mimicnorm_jax.data import listing
+from mimicnorm_jax.data.annotations import find_annotations
 from mimicnorm_jax.errors import UserError, refused_by_system
 
 _TRAINING = ("train", "training")
@@ -64,12 +65,28 @@ def find_layout(data: ConfigDict) -> Layout:
     return Layout(train, test, _said(root, data, train, test))
 
 
+def annotations_of(folder: pathlib.Path) -> pathlib.Path | None:
+    """The file that tells the classes of a split's images; None where its folders do."""
+    return find_annotations(folder) if _is_one_heap(folder) else None
+
+
+def _is_one_heap(folder: pathlib.Path) -> bool:
+    """Whether images are in a folder, or in one called ``images``, not in those of classes."""
+    folders = [inner.name for inner in listing.folders_in(folder)]
+    return folders == ["images"] or (not folders and listing.count_images(folder) > 0)
+
+
+def _is_split(root: pathlib.Path, folder: pathlib.Path) -> bool:
+    """Whether the images in a folder have classes; a class may be named like a split, too."""
+    return folder == root or not _is_one_heap(folder) or find_annotations(folder) is not None
+
+
 def _split(root: pathlib.Path, name: str) -> pathlib.Path | None:
     """The folder of a split: of its name, or of another that means the same."""
     if not name:
         return None
-    if (root / name).is_dir():
-        return None if _is_class(root, root / name) else root / name
+    if (root / name).is_dir() and _is_split(root, root / name):
+        return root / name
     if name.lower() in _TRAINING:
         usual: tuple[str, ...] = _TRAINING
     elif name.lower() in _TESTS:
@@ -79,13 +96,8 @@ def _split(root: pathlib.Path, name: str) -> pathlib.Path | None:
     else:
         return None  # a name that somebody thought of, and not where it was meant
     there = {path.name.lower(): path for path in listing.folders_in(root)}
-    found = next((there[other] for other in usual if other in there), None)
-    return None if found is None or _is_class(root, found) else found
-
-
-def _is_class(root: pathlib.Path, folder: pathlib.Path) -> bool:
-    """Whether a folder that is named like a split is a class: trains have been photographed."""
-    return folder != root and listing.count_images(folder) > 0 and not listing.folders_in(folder)
+    usual_there = (there[other] for other in usual if other in there)
+    return next((folder for folder in usual_there if _is_split(root, folder)), None)
 
 
 def _has_classes(root: pathlib.Path) -> bool:
@@ -97,6 +109,12 @@ def _without_splits(root: pathlib.Path, data: ConfigDict) -> Layout:
         raise UserError(
             f"config.data.dir = {data.dir!r} are training images; give the folder that has them "
             f"and the test images: --config.data.dir={root.parent}"
+        )
+    names = {folder.name.lower() for folder in listing.folders_in(root)}
+    if names <= {*_TRAINING, *_TESTS, *_VALIDATION}:
+        raise UserError(
+            f"config.data.dir = {data.dir!r}: the images in {', '.join(sorted(names))} have no "
+            f"classes; expected {data.train_split}/<class>/*.jpg"
         )
     inner = [folder for folder in listing.folders_in(root) if _split(folder, data.train_split)]
     if inner:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mimicnorm_jax.data.folder import FolderSource
+from mimicnorm_jax.data.folder import FilesSource
 from mimicnorm_jax.data.sources import ArraySource, Source
 
 _COMPARED = 1000  # test images, where they are not in memory
@@ -46,7 +46,7 @@ def overlap(train: Source, test: Source) -> Overlap:
             return Overlap(0, 0)
         known = set(map(_digest, train.images))
         return Overlap(sum(_digest(image) in known for image in test.images), len(test))
-    if isinstance(train, FolderSource) and isinstance(test, FolderSource):
+    if isinstance(train, FilesSource) and isinstance(test, FilesSource):
         chosen = np.unique(np.linspace(0, len(test) - 1, min(_COMPARED, len(test))).astype(int))
         return Overlap(sum(_is_in(train, test, index) for index in chosen), len(chosen))
     return Overlap(0, 0)
@@ -63,7 +63,7 @@ def _digest(image: np.ndarray) -> bytes:
     return hashlib.blake2b(np.ascontiguousarray(image).data, digest_size=16).digest()
 
 
-def _is_in(train: FolderSource, test: FolderSource, index: int) -> bool:
+def _is_in(train: FilesSource, test: FilesSource, index: int) -> bool:
     path = test.path(index)
     other = train.directory / path.relative_to(test.directory)
     try:
