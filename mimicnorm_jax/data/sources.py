@@ -236,14 +236,14 @@ def cache(source: Source, *, description: str, workers: int = 8) -> ArraySource:
 
 
 def channel_statistics(
-    source: Source, *, at_most: int = 10_000, workers: int = 8
+    source: Source, *, at_most: int = 4000, workers: int = 8
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each channel, in units of 1.
 
     Args:
       source: the training split.
       at_most: a larger split that is not in memory is sampled at this many evenly spaced
-        examples, see ``EncodedSource.roughly``.
+        examples (with photographs, whose means differ by 0.15, 4,000 leave an error of 0.002), see ``EncodedSource.roughly``.
       workers: decoding threads.
 
     Returns:
