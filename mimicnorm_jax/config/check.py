@@ -74,6 +74,11 @@ def _validate_data(config: ConfigDict) -> None:
             f"= {data.name!r} reads no files; for images in class folders: "
             "--config.data.name=folder"
         )
+    if data.labels_file and data.name != "folder":
+        raise UserError(
+            f"config.data.labels_file = {data.labels_file!r} goes with data.name = 'folder', not "
+            f"{data.name!r}"
+        )
     if not data.train_split:
         raise UserError("config.data.train_split is empty; it names the training images")
     if not data.test_split and (data.name not in ("folder", "tfds") or not data.holdout):

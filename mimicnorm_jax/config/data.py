@@ -13,6 +13,7 @@ FIELDS: dict[str, Field] = {
     "data.name": Field("digits", "The data set: scikit-learn's handwritten digits, images in class folders, MNIST's own files, random images with random labels, or a TFDS build.", DATA_SETS),
     "data.dir": Field("", "folder: the directory with <split>/<class>/*.jpg; tfds: that of prepare_data; idx: that of train-images-idx3-ubyte.gz and its like."),
     "data.tfds_name": Field("", "tfds: name of the data set, such as cifar100."),
+    "data.labels_file": Field("", "folder: a CSV file in data.dir with the columns path and label, and maybe split, for images that are in no class folders."),
     "data.train_split": Field("train", "Name of the training split or its folder."),
     "data.test_split": Field("test", "Name of the test split or its folder; folder, tfds: empty where there is none, which takes data.holdout."),
     "data.holdout": Field(0.0, "Share of the training images of each class that is not trained on: these choose the best checkpoint, in place of the test images, and the temperature of the probabilities.", **at_least(0, 0.5)),

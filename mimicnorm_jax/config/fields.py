@@ -29,7 +29,7 @@ FREE_FIELDS = (
 
 # Fields that choose the images of an evaluation: a run may be evaluated on others than its own.
 TEST_FIELDS = (
-    *("data.name", "data.dir", "data.tfds_name", "data.test_split"),
+    *("data.name", "data.dir", "data.tfds_name", "data.labels_file", "data.test_split"),
     *("data.resize", "data.upright"),
 )
 

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mimicnorm_jax.data import listing
 from mimicnorm_jax.data.annotations import read_annotations
+from mimicnorm_jax.data.labels_file import read_labels_file
 from mimicnorm_jax.data.layout import annotations_of, find_layout
 from mimicnorm_jax.data.sources import EncodedSource, View, digest
 from mimicnorm_jax.errors import UserError, refused_by_system
@@ -190,8 +191,32 @@ def _open(directory: pathlib.Path, view: View, for_training: bool) -> FilesSourc
     return FolderSource(directory, view, for_training=for_training)
 
 
+def _open_table(data: ConfigDict, parts: Sequence[str]) -> list[FilesSource]:
+    table, root = read_labels_file(data), pathlib.Path(data.dir).expanduser()
+    class_names = sorted(set(table.classes.values()))
+    numbers = {name: number for number, name in enumerate(class_names)}
+    if not table.splits and not data.holdout:
+        raise UserError(
+            f"config.data.labels_file = {data.labels_file!r} tells no splits: to test on a tenth "
+            "of each class, --config.data.holdout=0.1"
+        )
+    found = []
+    for part in parts:
+        files = table.of_split(data[f"{part}_split"]) if table.splits else sorted(table.classes)
+        if not files:
+            raise UserError(
+                f"config.data.labels_file = {data.labels_file!r} has no images of the split "
+                f"{data[f'{part}_split']}, but of {', '.join(sorted(set(table.splits.values())))}"
+            )
+        labels = np.array([numbers[table.classes[name]] for name in files], np.int32)
+        found.append(FilesSource(root, files, labels, class_names, View.of(data)))
+    return found
+
+
 def open_folders(data: ConfigDict, parts: Sequence[str]) -> list[FilesSource]:
     """The folders of ``config.data.dir`` for ``"train"`` and ``"test"``, or one of them."""
+    if data.labels_file:
+        return _open_table(data, parts)
     layout = find_layout(data)
     if len(parts) > 1 and layout.train is not None and layout.test is None:
         raise UserError(

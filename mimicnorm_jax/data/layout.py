@@ -81,22 +81,23 @@ def _is_split(root: pathlib.Path, folder: pathlib.Path) -> bool:
     return folder == root or not _is_one_heap(folder) or find_annotations(folder) is not None
 
 
+def other_names(name: str) -> tuple[str, ...]:
+    """Names of a split that mean the same, the nearest first; none of one that is not usual."""
+    if name.lower() in _TRAINING:
+        return _TRAINING
+    if name.lower() in _TESTS:
+        return _TESTS + _VALIDATION
+    return _VALIDATION + _TESTS if name.lower() in _VALIDATION else ()
+
+
 def _split(root: pathlib.Path, name: str) -> pathlib.Path | None:
     """The folder of a split: of its name, or of another that means the same."""
     if not name:
         return None
     if (root / name).is_dir() and _is_split(root, root / name):
         return root / name
-    if name.lower() in _TRAINING:
-        usual: tuple[str, ...] = _TRAINING
-    elif name.lower() in _TESTS:
-        usual = _TESTS + _VALIDATION
-    elif name.lower() in _VALIDATION:
-        usual = _VALIDATION + _TESTS
-    else:
-        return None  # a name that somebody thought of, and not where it was meant
     there = {path.name.lower(): path for path in listing.folders_in(root)}
-    usual_there = (there[other] for other in usual if other in there)
+    usual_there = (there[other] for other in other_names(name) if other in there)
     return next((folder for folder in usual_there if _is_split(root, folder)), None)
 
 

@@ -243,7 +243,8 @@ def channel_statistics(
     Args:
       source: the training split.
       at_most: a larger split that is not in memory is sampled at this many evenly spaced
-        examples (with photographs, whose means differ by 0.15, 4,000 leave an error of 0.002), see ``EncodedSource.roughly``.
+        examples, see ``EncodedSource.roughly``; of photographs, whose means differ by 0.15, 4,000
+        leave an error of 0.002.
       workers: decoding threads.
 
     Returns:

@@ -13,6 +13,7 @@ from mimicnorm_jax.data.folder import open_folders
 from mimicnorm_jax.data.generated import open_digits, open_synthetic
 from mimicnorm_jax.data.holdout import hold_out
 from mimicnorm_jax.data.idx import open_idx
+from mimicnorm_jax.data.labels_file import read_labels_file
 from mimicnorm_jax.data.layout import find_layout
 from mimicnorm_jax.data.overlap import warn_of_overlap
 from mimicnorm_jax.data.sources import ArraySource, EncodedSource, Source, View, cache
@@ -46,6 +47,8 @@ def has_test_split(data: ConfigDict) -> bool:
     """
     if not data.test_split or data.name != "folder":
         return bool(data.test_split)
+    if data.labels_file:
+        return bool(read_labels_file(data).splits)
     return not find_layout(data).is_without_splits
 
 
