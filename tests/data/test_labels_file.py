@@ -77,7 +77,7 @@ def test_what_is_wrong_with_a_table_is_said(rows, header, said, tmp_path):
 def test_a_table_goes_with_a_folder():
     config = default_config()
     config.data.labels_file = "labels.csv"
-    with pytest.raises(UserError, match="goes with data.name = 'folder', not 'digits'"):
+    with pytest.raises(UserError, match=r"goes with data\.name = 'folder', not 'digits'"):
         validate(config)
 
 
