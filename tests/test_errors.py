@@ -59,7 +59,9 @@ CASES = {
         [*FOLDER, "--config.data.dir={tmp}/nowhere"], "nowhere' is not a folder"
     ),
     "folder not set": Case(FOLDER, "config.data.dir is not set"),
-    "no split": Case([*FOLDER, "--config.data.dir={tmp}/raw"], "raw/train is not a folder"),
+    "no split": Case(
+        [*FOLDER, "--config.data.dir={tmp}/raw"], "raw' has no images in train/<class> or <class>"
+    ),
     "empty class": Case([*FOLDER, "--config.data.dir={tmp}/empty"], "train/dog has no images"),
     "corrupt image": Case([*FOLDER, "--config.data.dir={tmp}/corrupt"], "test/cat/1.jpg"),
     "tfds without a name": Case(["--config.data.name=tfds"], "config.data.tfds_name is not set"),

@@ -113,7 +113,7 @@ def test_one_image_at_a_time_is_the_same_as_many(run, photographs):
         (np.zeros((2, 12, 12, 3)), r"float64 and shape .*; allowed: uint8 \('N', 12, 12, 3\)"),
         (np.zeros((12, 12, 3), np.uint8), r"allowed: uint8 \('N', 12, 12, 3\)"),
         ([np.zeros((5, 5, 4), np.uint8)], r"shape \(5, 5, 4\); allowed: uint8 \(H, W\)"),
-        ([b"no image"], "^cannot read image of 8 bytes: it is no image$"),
+        ([b"no image"], "^cannot read image of 8 bytes: it is no image of a kind that is read$"),
         ([None], "an image is a NoneType; allowed: a path, bytes or an array"),
         (None, "images are a NoneType; allowed: a list, or an array"),
         (["a\0b"], "^cannot read image 'a.x00b': "),

@@ -111,7 +111,7 @@ def test_a_name_that_is_no_text_is_kept(tmp_path):
         (["RUN", "nowhere"], "'nowhere' does not exist"),
         (["RUN", ""], "'' does not exist"),
         (["", "DIGITS"], "say which run and which images: RUN PATH…"),
-        (["RUN", "EMPTY"], "has no images (.jpg, .jpeg, .png)"),
+        (["RUN", "EMPTY"], "empty has no images"),
         (["EMPTY", "DIGITS"], "is not the folder of a run"),
         (["RUN", "DIGITS", "--which=last"], "flag --which=last"),
         (["RUN", "DIGITS", "--csv=a.txt"], "--csv=a.txt does not end in .csv"),
