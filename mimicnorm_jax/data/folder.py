@@ -54,7 +54,11 @@ class FilesSource(EncodedSource):
 
     def path(self, index: int) -> pathlib.Path:
         """The file of an example."""
-        return self.directory / self._files[index]
+        return self.directory / self.name(index)
+
+    def name(self, index: int) -> str:
+        """Its path below ``directory``."""
+        return self._files[index]
 
     @functools.cached_property
     def identity(self) -> str:

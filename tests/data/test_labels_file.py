@@ -42,6 +42,13 @@ def test_columns_and_paths_as_people_write_them(header, change, tmp_path):
     assert train.labels.tolist() == [0, 1, 0, 1, 0, 1]
 
 
+def test_images_of_a_table_that_lie_beside_each_other_are_no_overlap(tmp_path, capsys):
+    rows = [(*row, "train" if number < 4 else "test") for number, row in enumerate(ROWS)]
+    write_table(tmp_path, rows, "file,class,split")
+    opened(tmp_path, labels_file="labels.csv", cache_gib=0.0)
+    assert "WARNING" not in capsys.readouterr().err
+
+
 def test_splits_of_a_table(tmp_path):
     rows = [(*row, "Training" if number < 4 else "valid") for number, row in enumerate(ROWS)]
     write_table(tmp_path, rows, "file,class,split")
