@@ -1,4 +1,4 @@
-"""The image files of class folders, by their names alone: none of them is opened."""
+"""The image files of class folders, by their names: only one without a suffix is looked into."""
 
 from __future__ import annotations
 

@@ -48,10 +48,10 @@ def overlap(train: Source, test: Source) -> Overlap:
         return Overlap(sum(_digest(image) in known for image in test.images), len(test))
     if isinstance(train, FilesSource) and isinstance(test, FilesSource):
         chosen = np.unique(np.linspace(0, len(test) - 1, min(_COMPARED, len(test))).astype(int))
-        known = {
+        names = {
             train.name(index) for index in range(len(train))
         }  # a table's lie beside the test's
-        shared = [i for i in chosen.tolist() if test.name(i) in known and _is_same(train, test, i)]
+        shared = [i for i in chosen.tolist() if test.name(i) in names and _is_same(train, test, i)]
         return Overlap(len(shared), len(chosen))
     return Overlap(0, 0)
 

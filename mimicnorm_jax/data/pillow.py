@@ -96,14 +96,7 @@ def is_turned(data: bytes) -> bool:
 def decode(
     data: bytes, *, upright: bool, background: Colour = WHITE, at_least: int | None = None
 ) -> np.ndarray:
-    """The whole image, uint8 ``(H, W, 3)``.
-
-    Args:
-      data: content of the file.
-      upright: turn it as its EXIF orientation says.
-      background: what a transparent image is put on.
-      at_least: a JPEG is decoded at a half, quarter or eighth where its short side still has as
-        many pixels; None: as it is.
+    """The whole image, uint8 ``(H, W, 3)``; arguments as those of ``images.decode``.
 
     Raises:
       Exception: damaged, no image of ``KINDS``, or of more than ``MAX_BYTES``; mostly ``OSError``

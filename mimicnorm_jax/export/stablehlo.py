@@ -93,8 +93,8 @@ def export_stablehlo(
         difference = compare(prepared, _runner(content, *files[2:]), str(path))
         values = metadata(prepared, about, difference) | {"platforms": list(platforms)}
         sidecar.write_text(json.dumps(values | {"weights": weights}, indent=2) + "\n")
-    for file in stale:
-        file.unlink(missing_ok=True)
+    for left in stale:
+        left.unlink(missing_ok=True)
     return Exported(path, prepared.shape, difference, prepared.fixed)
 
 
