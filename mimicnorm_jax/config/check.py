@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mimicnorm_jax.config.data import GENERATED
+from mimicnorm_jax.config.data import ENCODED, GENERATED
 from mimicnorm_jax.config.fields import FIELDS, default_config, flatten
 from mimicnorm_jax.errors import UserError, unknown
 from mimicnorm_jax.methods import METHODS, Method, create_method
@@ -56,15 +56,15 @@ def _validate_schedule(config: ConfigDict) -> None:
 
 def _validate_data(config: ConfigDict) -> None:
     data = config.data
-    if data.name == "folder" and not data.dir:
+    held = {
+        "folder": f"{data.train_split}/<class>/*.jpg",
+        "idx": "train-images-idx3-ubyte.gz and its like",
+        "webdataset": "the .tar files",
+    }
+    if data.name in held and not data.dir:
         raise UserError(
-            "config.data.dir is not set; data.name = 'folder' needs the directory that holds "
-            f"{data.train_split}/<class>/*.jpg: --config.data.dir=DIR"
-        )
-    if data.name == "idx" and not data.dir:
-        raise UserError(
-            "config.data.dir is not set; data.name = 'idx' needs the directory that holds "
-            "train-images-idx3-ubyte.gz and its like: --config.data.dir=DIR"
+            f"config.data.dir is not set; data.name = {data.name!r} needs the directory that holds "
+            f"{held[data.name]}: --config.data.dir=DIR"
         )
     if data.name == "tfds" and not data.tfds_name:
         raise UserError("config.data.tfds_name is not set; data.name = 'tfds' needs one")
@@ -81,10 +81,10 @@ def _validate_data(config: ConfigDict) -> None:
         )
     if not data.train_split:
         raise UserError("config.data.train_split is empty; it names the training images")
-    if not data.test_split and (data.name not in ("folder", "tfds") or not data.holdout):
+    if not data.test_split and (data.name not in ENCODED or not data.holdout):
         raise UserError(
             f"config.data.test_split is empty with data.name = {data.name!r} and data.holdout = "
-            f"{data.holdout}; allowed: for folder and tfds, with images held out: "
+            f"{data.holdout}; allowed: for {', '.join(ENCODED)}, with images held out: "
             "--config.data.holdout=0.1"
         )
     if data.resize is not None and data.resize < data.image_size:

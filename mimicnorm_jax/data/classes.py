@@ -1,4 +1,4 @@
-"""Which logit of a network the class of some images is."""
+"""Names of classes: which logit of a network one is, and how it fits into a picture."""
 
 from __future__ import annotations
 
@@ -52,3 +52,9 @@ def columns_of(
 def _plain(name: str, labels: Labels) -> str:
     """``"007"`` is logit 7."""
     return str(int(name)) if labels == "numbers" and name.isascii() and name.isdecimal() else name
+
+
+def short(name: str, letters: int = 18) -> str:
+    """A class name as it fits into a picture, in letters that Pillow's built-in font has."""
+    plain = name.encode("latin-1", "replace").decode("latin-1")
+    return plain if len(plain) <= letters else f"{plain[: letters - 1]}~"

@@ -51,6 +51,7 @@ def expected(data: ConfigDict, num_classes: int | None = None) -> Expected:
     if num_classes is not None:
         return (known or Expected(0, 50_000))._replace(num_classes=num_classes)
     if known is None:
-        what = data.tfds_name if data.name == "tfds" else "images in folders"
+        files = {"folder": "images in folders", "webdataset": "images in tar files"}
+        what = files.get(data.name, data.tfds_name)
         raise UserError(f"how many classes {what} have is not known here; give --num-classes")
     return known

@@ -111,18 +111,18 @@ class FolderSource(FilesSource):
         empty: list[str] = []
         left_out: collections.Counter[str] = collections.Counter()
         with refused_by_system(f"cannot read folder {directory}"):
-            for folder in _class_folders(place, for_training):
-                found = listing.list_class(folder)
-                left_out += found.left_out
-                if not found.files:
-                    if for_training:
-                        raise UserError(_without_images(folder, found))
-                    empty.append(folder.name)
-                    continue
-                class_names.append(folder.name)
-                counts.append(len(found.files))
-                files += [f"{folder.name}/{name}" for name in found.files]
-            left_out[_NO_CLASS] = listing.count_images(place)
+            listed = _list_classes(place, for_training)
+        for name, found in listed.folders.items():
+            left_out += found.left_out
+            if not found.files:
+                if for_training:
+                    raise UserError(_without_images(place / name, found))
+                empty.append(name)
+                continue
+            class_names.append(name)
+            counts.append(len(found.files))
+            files += [f"{name}/{inner}" for inner in found.files]
+        left_out[_NO_CLASS] = listed.beside
         if not files:
             raise UserError(f"the class folders of {directory} have no images")
         if empty:
@@ -135,18 +135,17 @@ class FolderSource(FilesSource):
         return []
 
 
-def _class_folders(directory: pathlib.Path, for_training: bool) -> list[pathlib.Path]:
+def _list_classes(directory: pathlib.Path, for_training: bool) -> listing.Classes:
     expected = f"expected {directory}/<class>/*.jpg"
     if not directory.is_dir():
         raise UserError(f"{directory} is not a folder; {expected}")
-    folders = listing.folders_in(directory)
-    if not folders:
+    found = listing.list_classes(directory)
+    if not found.folders:
         raise UserError(f"{directory} has no class folders; {expected}")
-    if len(folders) == 1 and for_training:
-        raise UserError(
-            f"{directory} has a single class, {folders[0].name}: nothing to learn; {expected}"
-        )
-    return folders
+    if len(found.folders) == 1 and for_training:
+        (only,) = found.folders
+        raise UserError(f"{directory} has a single class, {only}: nothing to learn; {expected}")
+    return found
 
 
 def _say_left_out(directory: pathlib.Path, left_out: collections.Counter[str]) -> None:

@@ -20,7 +20,7 @@ from mimicnorm_jax.errors import UserError, refused_by_system
 
 _TYPES: dict[int, np.dtype[Any]] = {8: np.dtype(np.uint8), 12: np.dtype(">i4")}
 _PREFIXES = {"train": "train", "test": "t10k"}  # of the published file names
-_IMAGES = "-images-idx3-ubyte"
+IMAGES = "-images-idx3-ubyte"
 _LABELS = ("-labels-idx1-ubyte", "-labels-idx2-int")  # the second of QMNIST
 
 
@@ -76,7 +76,7 @@ def _find(root: pathlib.Path, prefix: str, kinds: Sequence[str]) -> pathlib.Path
     for name in (f"{prefix}{kind}{suffix}" for kind in kinds for suffix in (".gz", "")):
         if (root / name).is_file():
             return root / name
-    others = sorted({path.name.partition(_IMAGES)[0] for path in root.glob(f"*{_IMAGES}*")})
+    others = sorted({path.name.partition(IMAGES)[0] for path in root.glob(f"*{IMAGES}*")})
     hint = ""
     if others:
         hint = (
@@ -100,7 +100,7 @@ def read_split(root: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
       UserError: a file is missing or damaged, or they do not belong together.
     """
     prefix = _PREFIXES.get(split, split)
-    images_path = _find(root, prefix, (_IMAGES,))
+    images_path = _find(root, prefix, (IMAGES,))
     labels_path = _find(root, prefix, _LABELS)
     images, labels = read_idx(images_path), read_idx(labels_path)
     if labels.ndim == 2 and labels.shape[1]:  # QMNIST's have the class in the first column
@@ -126,8 +126,17 @@ def _is_emnist(prefix: str) -> bool:
     return "emnist" in prefix.lower()
 
 
-def _names(root: pathlib.Path, prefix: str, count: int) -> list[str]:
-    """Of the classes: those of EMNIST's mapping where that is there, else their numbers."""
+def names_of(root: pathlib.Path, prefix: str, count: int) -> list[str]:
+    """Names of the classes: those of EMNIST's mapping where that is there, else their numbers.
+
+    Args:
+      root: the folder.
+      prefix: a file name's beginning.
+      count: of the classes that have examples.
+
+    Raises:
+      UserError: the mapping is damaged.
+    """
     mapping = root / f"{prefix.rpartition('-')[0]}-mapping.txt"
     if _is_emnist(prefix) and mapping.is_file():
         with refused_by_system(f"cannot read {mapping}"):
@@ -148,7 +157,7 @@ def _open_split(root: pathlib.Path, split: str, size: int) -> ArraySource:
         print(f"NOTE: the images of {prefix} are turned upright, as EMNIST needs", file=sys.stderr)
     if images.shape[1:] != (size, size):
         images = np.stack([centre_crop(image, size, size) for image in images])
-    names = _names(root, prefix, int(labels.max()) + 1)
+    names = names_of(root, prefix, int(labels.max()) + 1)
     return ArraySource(np.ascontiguousarray(images)[..., None], labels, names)
 
 

@@ -14,6 +14,7 @@ from mimicnorm_jax.errors import UserError, refused_by_system
 _TRAINING = ("train", "training")
 _TESTS = ("test", "testing")
 _VALIDATION = ("val", "valid", "validation")
+USUAL_SPLITS = (*_TRAINING, *_TESTS, *_VALIDATION)
 
 
 class Layout(NamedTuple):
@@ -65,6 +66,22 @@ def find_layout(data: ConfigDict) -> Layout:
     return Layout(train, test, _said(root, data, train, test))
 
 
+def splits_in(root: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The folders of all splits in a folder, by the usual names; or itself as ``train``.
+
+    Empty where there are neither splits nor classes.
+
+    Raises:
+      OSError: the system refuses.
+    """
+    found = {
+        folder.name: folder
+        for folder in listing.folders_in(root)
+        if folder.name.lower() in USUAL_SPLITS and _is_split(root, folder)
+    }
+    return found or ({"train": root} if _has_classes(root) else {})
+
+
 def annotations_of(folder: pathlib.Path) -> pathlib.Path | None:
     """The file that tells the classes of a split's images; None where its folders do."""
     return find_annotations(folder) if _is_one_heap(folder) else None
@@ -112,7 +129,7 @@ def _without_splits(root: pathlib.Path, data: ConfigDict) -> Layout:
             f"and the test images: --config.data.dir={root.parent}"
         )
     names = {folder.name.lower() for folder in listing.folders_in(root)}
-    if names <= {*_TRAINING, *_TESTS, *_VALIDATION}:
+    if names <= {*USUAL_SPLITS}:
         raise UserError(
             f"config.data.dir = {data.dir!r}: the images in {', '.join(sorted(names))} have no "
             f"classes; expected {data.train_split}/<class>/*.jpg"
@@ -140,6 +157,17 @@ def _without_splits(root: pathlib.Path, data: ConfigDict) -> Layout:
 
 
 def _nothing_found(root: pathlib.Path, data: ConfigDict) -> str:
+    if any(root.glob("**/*.parquet")):
+        return (
+            f"config.data.dir = {data.dir!r} has parquet files, of which no image can be read "
+            "alone; copy them into a build: python -m mimicnorm_jax.tools.prepare_data import "
+            f"{data.dir} --data-dir data --name NAME"
+        )
+    if any(root.glob("**/*.tar")):
+        return (
+            f"config.data.dir = {data.dir!r} has tar files; if they are WebDataset's: "
+            "--config.data.name=webdataset"
+        )
     there = [folder.name for folder in listing.folders_in(root)]
     found = f"it has {', '.join(there[:5])}" if there else "it has no folders"
     return (

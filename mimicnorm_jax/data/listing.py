@@ -6,10 +6,13 @@ import collections
 import errno
 import os
 import pathlib
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mimicnorm_jax import kept
 from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.progress_bar import progress_bar
 
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".png", ".webp", ".avif", ".bmp", ".dib"),
@@ -43,10 +46,24 @@ class ClassFolder(NamedTuple):
     Attributes:
       files: the images' paths below it, with ``/``, sorted.
       left_out: how many files are no images that can be read, by their suffix.
+      folders: it and those in it, all paths.
     """
 
     files: list[str]
     left_out: collections.Counter[str]
+    folders: list[str]
+
+
+class Classes(NamedTuple):
+    """What is in the folder of a split.
+
+    Attributes:
+      folders: of the classes, by their names, sorted.
+      beside: the number of images beside them.
+    """
+
+    folders: dict[str, ClassFolder]
+    beside: int
 
 
 def is_class_folder(name: str) -> bool:
@@ -76,10 +93,34 @@ def list_class(folder: pathlib.Path) -> ClassFolder:
       UserError: a link leads nowhere, or to a folder that it is in.
       OSError: the system refuses.
     """
-    listed = ClassFolder([], collections.Counter())
+    listed = ClassFolder([], collections.Counter(), [])
     _list(str(folder), "", listed, ())
     listed.files.sort()
     return listed
+
+
+def list_classes(directory: pathlib.Path) -> Classes:
+    """The classes of a split; kept for the next time, where it takes long.
+
+    Raises:
+      UserError: as ``folders_in`` and ``list_class``.
+      OSError: the system refuses.
+    """
+    what = f"class folders of {directory.absolute()}"
+    if (known := kept.recall(what)) is not None:
+        folders, beside = known
+        return Classes({name: _recalled(*entry) for name, entry in folders.items()}, beside)
+    began = time.time()
+    places = folders_in(directory)
+    shown = progress_bar(places, f"listing {directory.name}", len(places), unit="class")
+    found = Classes({folder.name: list_class(folder) for folder in shown}, count_images(directory))
+    inner = (path for folder in found.folders.values() for path in folder.folders)
+    kept.keep(what, found, began=began, depends_on=[directory, *inner])
+    return found
+
+
+def _recalled(files: list[str], left_out: dict[str, int], folders: list[str]) -> ClassFolder:
+    return ClassFolder(files, collections.Counter(left_out), folders)
 
 
 def count_images(folder: pathlib.Path) -> int:
@@ -94,6 +135,7 @@ def said_of(left_out: collections.Counter[str]) -> str:
 
 
 def _list(folder: str, below: str, listed: ClassFolder, above: Sequence[tuple[int, int]]) -> None:
+    listed.folders.append(folder)
     with os.scandir(folder) as entries:
         for entry in entries:
             name = entry.name

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -125,11 +127,24 @@ def _as_rgb(
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, whose range is not known")
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would cut off at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+        levels = np.asarray(image).clip(0, 65535)
+        if 255 < levels.max() < 2**12:
+            _say_that_it_is_dark()
+        image = Image.fromarray((levels // 257).astype(np.uint8))
     if is_transparent:
         behind = Image.new("RGBA", image.size, (*background, 255))
         image = Image.alpha_composite(behind, image.convert("RGBA"))
     return np.asarray(image.convert("RGB"))
+
+
+@functools.cache
+def _say_that_it_is_dark() -> None:
+    """Once a process: cameras and scanners store 12 bits in 16."""
+    print(
+        "NOTE: a 16-bit grey image has no value above 4095; if its values have 12 bits, it is 16 "
+        "times too dark: multiply such images by 16",
+        file=sys.stderr,
+    )
 
 
 def _what_it_is(data: bytes) -> str:

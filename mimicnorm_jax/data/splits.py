@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
+from mimicnorm_jax.config.data import ENCODED
 from mimicnorm_jax.data.folder import open_folders
 from mimicnorm_jax.data.generated import open_digits, open_synthetic
 from mimicnorm_jax.data.holdout import hold_out
@@ -18,6 +19,7 @@ from mimicnorm_jax.data.layout import find_layout
 from mimicnorm_jax.data.overlap import warn_of_overlap
 from mimicnorm_jax.data.sources import ArraySource, EncodedSource, Source, View, cache
 from mimicnorm_jax.data.tfds import open_tfds
+from mimicnorm_jax.data.webdataset import open_tars
 from mimicnorm_jax.errors import UserError, unknown
 
 SOURCES: dict[str, Callable[[ConfigDict, Sequence[str]], Sequence[Source]]] = {
@@ -26,17 +28,17 @@ SOURCES: dict[str, Callable[[ConfigDict, Sequence[str]], Sequence[Source]]] = {
     "idx": open_idx,
     "synthetic": open_synthetic,
     "tfds": open_tfds,
+    "webdataset": open_tars,
 }
 
 
-# Sources that resize and crop images as ``View`` says; the others resize them to their size.
-_WITH_VIEW = ("folder", "tfds")
-
-
 def view_of(data: ConfigDict) -> View:
-    """How evaluation brings an image of ``config.data`` to its size."""
+    """How evaluation brings an image of ``config.data`` to its size.
+
+    Encoded ones are resized and cropped as ``View`` says; others are resized.
+    """
     view = View.of(data)
-    return view if data.name in _WITH_VIEW else dataclasses.replace(view, resize=view.size)
+    return view if data.name in ENCODED else dataclasses.replace(view, resize=view.size)
 
 
 def has_test_split(data: ConfigDict) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from mimicnorm_jax.errors import UserError, first_line, refused_by_system, unkno
 
 FORMAT = "array_record"
 PREPARABLE = ("cifar10", "cifar100", "mnist", "imagenet2012")
+IMPORT = "import.json"  # beside the description of a build that was imported
 _INFO = "dataset_info.json"
 _VERSION = r"\d+\.\d+\.\d+"
 _OTHER_FILES = 256  # that a process may have open beside the shards
@@ -93,11 +95,38 @@ def read_builder(path: pathlib.Path) -> Any:
     """
     import tensorflow_datasets as tfds  # takes a second, and only this source needs it
 
+    _refuse_foreign_code(path / "features.json")
     try:
         return tfds.builder_from_directory(path)
     except Exception as error:  # whatever a damaged JSON file makes it raise
         reason = first_line(error)
         raise UserError(f"{path} cannot be read as a TFDS build: {reason}") from error
+
+
+def _refuse_foreign_code(path: pathlib.Path) -> None:
+    """TFDS imports the modules that the description of features names: only its own may be."""
+    try:
+        described = json.loads(path.read_text())
+    except (OSError, ValueError):  # which it says itself
+        return
+    for name in _named_classes(described):
+        if not name.startswith("tensorflow_datasets.core.features."):
+            raise UserError(
+                f"{path} names {name[:80]!r}, which reading it would import; only features of TFDS "
+                "itself are read"
+            )
+
+
+def _named_classes(described: Any) -> Iterator[str]:
+    """At any depth, by each of the keys that TFDS takes them from."""
+    if isinstance(described, dict):
+        for key in ("pythonClassName", "python_class_name", "type"):
+            if isinstance(described.get(key), str):
+                yield described[key]
+        described = list(described.values())
+    if isinstance(described, list):
+        for inner in described:
+            yield from _named_classes(inner)
 
 
 def allow_open_files(count: int) -> None:
@@ -140,6 +169,11 @@ def open_build(path: pathlib.Path) -> Any:
     builder = read_builder(path)
     root = next((folder.parent for folder in path.parents if folder.name == builder.name), path)
     advice = how_to_prepare(builder.name, root)
+    if (path / IMPORT).is_file():
+        advice = (
+            "import it again: python -m mimicnorm_jax.tools.prepare_data import SOURCE --data-dir "
+            f"{root} --name {builder.name}"
+        )
     formats = formats_of(builder)
     if FORMAT not in formats:
         raise UserError(

@@ -12,6 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mimicnorm_jax.config import FREE_FIELDS, TEST_FIELDS, flatten, validate
+from mimicnorm_jax.config.data import ENCODED
 from mimicnorm_jax.data.classes import Labels, columns_of
 from mimicnorm_jax.data.sources import Source
 from mimicnorm_jax.data.splits import Splits, has_test_split, open_test_split, splits_of, view_of
@@ -263,7 +264,7 @@ def _training_images(config: ConfigDict, of_run: ConfigDict, workdir: pathlib.Pa
 
     def opened(candidate: ConfigDict) -> Splits:
         alone = candidate.copy_and_resolve_references()
-        if alone.data.name in ("folder", "tfds"):
+        if alone.data.name in ENCODED:
             alone.data.test_split = ""
         splits = splits_of(alone)._replace(test=None)
         check_data(workdir, data_identity(splits._asdict()))

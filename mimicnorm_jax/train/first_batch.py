@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 
+from mimicnorm_jax.data.classes import short
 from mimicnorm_jax.train.experiment import Experiment
 from mimicnorm_jax.train.step import augmented
 
 NAME = "first_batch.png"
 _SHOWN, _COLUMNS = 36, 9
 _CELL, _MARGIN, _TEXT = 112, 4, 14  # pixels
-_LETTERS = 18  # of a class name, below an image
 
 
 def draw_first_batch(experiment: Experiment, path: pathlib.Path) -> None:
@@ -46,10 +46,5 @@ def draw_first_batch(experiment: Experiment, path: pathlib.Path) -> None:
         # each pixel of a small image is to be seen
         way = Image.Resampling.NEAREST if cell.width < _CELL else Image.Resampling.BILINEAR
         picture.paste(cell.resize((_CELL, _CELL), way).convert("RGB"), (left, top))
-        draw.text((left, top + _CELL), _short(names[label]), fill=(0, 0, 0))
+        draw.text((left, top + _CELL), short(names[label]), fill=(0, 0, 0))
     picture.save(path)
-
-
-def _short(name: str) -> str:
-    plain = name.encode("latin-1", "replace").decode("latin-1")  # what the built-in font has
-    return plain if len(plain) <= _LETTERS else plain[: _LETTERS - 1] + "~"

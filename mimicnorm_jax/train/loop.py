@@ -62,7 +62,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> Summary | None:
     """
     coordination.together("workdir", lambda: check_workdir(workdir, config))
     summary = coordination.exchange("finished", finished_summary(workdir))[0]
-    if summary and summary["config"]["max_steps"] == config.max_steps:
+    if summary and _asks_the_same(summary["config"], config):
         return _already(summary, workdir)
     experiment = set_up_together(config, workdir)
     coordination.together("run", lambda: check_run(experiment, workdir))
@@ -81,6 +81,12 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> Summary | None:
             StopRequest() as stop,
         ):
             return _Loop(experiment, workdir, checkpoints, lock, watchdog, stop).run()
+
+
+def _asks_the_same(before: dict[str, Any], config: ConfigDict) -> bool:
+    """Whether a finished run needs no look at the data: those elsewhere may be others."""
+    same_place = before["data.dir"] == config.data.dir
+    return same_place and before["max_steps"] == config.max_steps
 
 
 def _already(summary: Summary, workdir: pathlib.Path) -> Summary:

@@ -13,6 +13,7 @@ from jax._src import xla_bridge
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mimicnorm_jax import kept
 from mimicnorm_jax.config import LOCAL_FIELDS, validate
 from mimicnorm_jax.data.sources import Source
 from mimicnorm_jax.data.splits import splits_of
@@ -65,8 +66,7 @@ def _keep_compiled_programs(folder: str) -> None:
     if folder == "auto":
         if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
             return  # the environment says where
-        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folder = str(pathlib.Path(home).expanduser() / "mimicnorm_jax")
+        folder = str(kept.cache_folder())
     if folder:
         try:
             pathlib.Path(folder).mkdir(parents=True, exist_ok=True)

@@ -214,3 +214,17 @@ def test_training_images_in_the_test_split_are_warned_of(cache_gib, tmp_path, ca
     shutil.copytree(tmp_path / "train", tmp_path / "test")
     opened(tmp_path, cache_gib=cache_gib)
     assert "WARNING: every one of 40 test images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("train-00000-of-00001.parquet", r"prepare_data import .* --data-dir data --name NAME"),
+        ("train-000.tar", "--config.data.name=webdataset"),
+    ],
+)
+def test_other_formats_are_pointed_at_what_reads_them(tmp_path, name, hint):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / name).write_bytes(b"")
+    with pytest.raises(UserError, match=hint):
+        opened(tmp_path)

@@ -18,6 +18,8 @@ from tests.archives import (
     needs_tensorflow,
 )
 
+OWN = "tensorflow_datasets.core.features.features_dict.FeaturesDict"
+
 
 @needs_tensorflow
 class TestDamaged:
@@ -148,3 +150,20 @@ def test_a_folder_too_deep_is_hinted_at(below, tmp_path):
     (version / "dataset_info.json").write_text("{}")
     with pytest.raises(UserError, match=rf"is too deep: .*: --config\.data\.dir={tmp_path}$"):
         build_directory(tmp_path / below, "cifar100")
+
+
+class TestForeignCode:
+    """TFDS imports the modules of the classes that a description names."""
+
+    def description(self, name, key="pythonClassName"):
+        return {"featuresDict": {"features": {"image": {key: name}}}, "pythonClassName": OWN}
+
+    @pytest.mark.parametrize("key", ["pythonClassName", "python_class_name", "type"])
+    def test_is_not_imported(self, tmp_path, key):
+        path = tmp_path / "features.json"
+        path.write_text(json.dumps(self.description("tests.data.never_imported.Feature", key)))
+        with pytest.raises(UserError, match=r"names 'tests\.data\.never_imported\.Feature'"):
+            open_build(tmp_path)
+        path.write_text(json.dumps([self.description(OWN, key)]))
+        with pytest.raises(UserError, match="cannot be read as a TFDS build"):
+            open_build(tmp_path)

@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import math
 import os
-import pathlib
 import re
 import time
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from jax.extend.mlir.passmanager import PassManager
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mimicnorm_jax import kept
 from mimicnorm_jax.convert.memory import peak_bytes
 from mimicnorm_jax.data.expected import expected
 from mimicnorm_jax.parallel import DATA_AXIS
@@ -27,8 +27,6 @@ from mimicnorm_jax.tools.memory.chips import chip_of
 from mimicnorm_jax.tools.memory.targets import mesh_of
 from mimicnorm_jax.tools.variants import Variant
 from mimicnorm_jax.train.program import Images, Program, make_program
-
-CACHE = pathlib.Path("mimicnorm_jax", "compiled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,8 +209,7 @@ def _canonical(lowered: Any) -> str:
 
 def _remembered(lowered: Any, digest: str, platform: str) -> dict[str, Any]:
     """``_compile``, whose result is kept: an interrupted report goes on where it was."""
-    home = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    path = home / CACHE / f"{digest}.json"
+    path = kept.cache_folder() / "compiled" / f"{digest}.json"
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError):

@@ -3,25 +3,29 @@
 python -m mimicnorm_jax.tools.prepare_data cifar100 --data-dir data
 python -m mimicnorm_jax.tools.prepare_data imagenet2012 --data-dir data --manual-dir archives
 python -m mimicnorm_jax.tools.prepare_data imagenet2012 --data-dir data --check
+python -m mimicnorm_jax.tools.prepare_data import SOURCE --data-dir data --name birds
 
 Builds it with tensorflow-datasets, in array_record format, which training reads without
-TensorFlow; a build in tfrecord format gets array_record files beside its own.
+TensorFlow; a build in tfrecord format gets array_record files beside its own. import copies
+images that are there already, in class folders, parquet files, WebDataset's tar files, SVHN's,
+STL-10's, MNIST's or CIFAR's own files, into such a build, and needs no TensorFlow.
 """
 
 from __future__ import annotations
 
 import argparse
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from mimicnorm_jax.data.tfds import (
-    PREPARABLE,
-)
-from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.tools.prepare_data.build import prepare
-from mimicnorm_jax.tools.prepare_data.check import check, missing_archives
+from mimicnorm_jax.data.tfds import PREPARABLE, build_directory
+from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.tools.prepare_data.build import import_images, prepare
+from mimicnorm_jax.tools.prepare_data.check import check, check_import, missing_archives
+
+_IMPORT = "import"
 
 
 def _path(text: str) -> pathlib.Path:
@@ -36,7 +40,10 @@ class _Parser(argparse.ArgumentParser):
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="python -m mimicnorm_jax.tools.prepare_data", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("name", choices=PREPARABLE, help="the data set")
+    parser.add_argument(
+        "what", choices=(*PREPARABLE, _IMPORT), help="the data set, or import for your own"
+    )
+    parser.add_argument("source", nargs="?", type=_path, help="import: the images")
     parser.add_argument("--data-dir", type=_path, required=True, help="where it goes")
     parser.add_argument(
         "--manual-dir",
@@ -47,33 +54,57 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--sample", action="store_true", help="the archives hold a part of the published data set"
     )
-    return parser.parse_args(arguments)
+    parser.add_argument("--name", help="import: of the data set, such as birds")
+    parser.add_argument(
+        "--label", default="", help="import: the column, or the kind of labels, of several"
+    )
+    options = parser.parse_args(arguments)
+    if options.what == _IMPORT:
+        _check_import_options(options)
+    elif options.source or options.name or options.label:
+        raise UserError(f"SOURCE, --name and --label go with import, not with {options.what}")
+    return options
+
+
+def _check_import_options(options: argparse.Namespace) -> None:
+    if not options.name or not re.fullmatch("[a-z][a-z0-9_]*", options.name):
+        raise UserError(
+            f"--name={options.name or ''} is no name of a data set; allowed: small letters, digits "
+            "and _, such as birds_2"
+        )
+    if options.source is None and not options.check:
+        raise UserError("import needs the images: import SOURCE --data-dir DIR --name NAME")
+    if options.manual_dir or options.sample:
+        raise UserError("--manual-dir and --sample do not go with import")
 
 
 def _check_only(options: argparse.Namespace) -> str:
+    if options.what == _IMPORT:
+        return check_import(build_directory(options.data_dir, options.name))
     try:
-        return check(options.name, options.data_dir, sample=options.sample)
+        return check(options.what, options.data_dir, sample=options.sample)
     except UserError as error:
         manual_dir = options.manual_dir or options.data_dir / "archives"
-        lines = missing_archives(options.name, manual_dir, sample=options.sample)
+        lines = missing_archives(options.what, manual_dir, sample=options.sample)
         raise UserError("; ".join([str(error), *lines])) from error
+
+
+def _prepare(options: argparse.Namespace) -> str:
+    if options.what == _IMPORT:
+        return import_images(
+            options.source, options.data_dir, name=options.name, label=options.label
+        )
+    return prepare(
+        options.what, options.data_dir, manual_dir=options.manual_dir, sample=options.sample
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program."""
     try:
         options = _parse(arguments)
-        if options.check:
-            print(_check_only(options))
-        else:
-            print(
-                prepare(
-                    options.name,
-                    options.data_dir,
-                    manual_dir=options.manual_dir,
-                    sample=options.sample,
-                )
-            )
+        with refused_by_system(f"--data-dir={options.data_dir} cannot be used"):
+            print(_check_only(options) if options.check else _prepare(options))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import pathlib
 import shutil
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 from mimicnorm_jax.data.tfds import (
     FORMAT,
+    IMPORT,
     build_directory,
     finished,
     formats_of,
@@ -21,7 +23,9 @@ from mimicnorm_jax.data.tfds import (
     unfinished,
 )
 from mimicnorm_jax.errors import UserError, first_line, refused_by_system
-from mimicnorm_jax.tools.prepare_data.check import DATA_SETS, check, missing_archives
+from mimicnorm_jax.tools.prepare_data.check import DATA_SETS, check, check_import, missing_archives
+from mimicnorm_jax.tools.prepare_data.sources import find
+from mimicnorm_jax.tools.prepare_data.write import SPOOL, describe, draft_of, write
 
 
 def prepare(
@@ -57,6 +61,44 @@ def prepare(
     else:
         _build(name, data_dir, manual_dir, sample=sample)
     return check(name, data_dir, sample=sample)
+
+
+def import_images(
+    source: pathlib.Path, data_dir: pathlib.Path, *, name: str, label: str = ""
+) -> str:
+    """Copies images that are there into a build, unless they are in it already, and checks it.
+
+    An interrupted import goes on where it was.
+
+    Args:
+      source: see ``sources.find``.
+      data_dir: where the build goes.
+      name: of the data set.
+      label: see ``sources.find``.
+
+    Returns:
+      The report of ``check_import``.
+
+    Raises:
+      UserError: there are no images, or damaged ones; or the build is there, of other images.
+      OSError: the system refuses.
+    """
+    import tensorflow_datasets as tfds
+
+    if name in tfds.list_builders(with_community_datasets=False):
+        raise UserError(
+            f"--name={name} is a data set of TFDS, which would take that for yours; another name, "
+            f"such as --name=my_{name}"
+        )
+    directory = data_dir / name
+    found = find(source, draft_of(directory) / SPOOL, label=label)
+    if not finished(directory):
+        return check_import(write(found, directory))
+    path = build_directory(data_dir, name)
+    record = path / IMPORT
+    if not record.is_file() or json.loads(record.read_text()) != describe(found):
+        raise UserError(f"{path} is there, and of other images than {source}: give another --name")
+    return check_import(path)
 
 
 def _import_tfds() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -14,8 +15,10 @@ from mimicnorm_jax.data.tfds import (
     open_build,
 )
 from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.tools.prepare_data.contact_sheet import CELL, draw_contact_sheet
 
 _DECODED = 64  # examples a split that are decoded by a check
+_HELD_OUT = " --config.data.test_split= --config.data.holdout=0.1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,16 +77,50 @@ def check(name: str, data_dir: pathlib.Path, *, sample: bool = False) -> str:
                 f"{path}: split {split} has {len(source)} examples instead of {expected}; if that "
                 "is meant, --sample"
             )
-        chosen = np.linspace(0, len(source) - 1, min(_DECODED, len(source))).astype(int)
-        for index in chosen:
-            source[int(index)]
-        info = builder.info.splits[split]
-        lines.append(
-            f"  {split}: {len(source)} of {expected} examples, {len(source.class_names)} classes, "
-            f"{info.num_bytes / 2**20:.1f} MiB in {info.num_shards} shard(s); "
-            f"{len(chosen)} decoded"
-        )
+        lines.append(_checked(builder, split, source, f"{len(source)} of {expected} examples"))
     return "\n".join(lines)
+
+
+def check_import(path: pathlib.Path) -> str:
+    """Reads a build that was imported, and draws images of each class of each split.
+
+    Args:
+      path: folder of its version.
+
+    Returns:
+      A report, with the paths of the pictures, and how to train on it.
+
+    Raises:
+      UserError: it is damaged.
+      OSError: the system refuses.
+    """
+    builder = open_build(path)
+    lines = [str(path)]
+    for split in builder.info.splits:
+        source = TFDSSource(builder, split, View(size=CELL, resize=CELL, upright=True))
+        lines.append(_checked(builder, split, source, f"{len(source)} examples"))
+        picture = path / f"images_{split}.png"
+        draw_contact_sheet(source, picture)
+        lines.append(f"    {picture}")
+    others = [split for split in builder.info.splits if split != "train"]
+    rest = f" --config.data.test_split={others[0]}" if others else _HELD_OUT
+    rest = "" if "test" in others else rest
+    lines.append(
+        f"to train on it: --config.data.name=tfds --config.data.tfds_name={builder.name} "
+        f"--config.data.dir={path.parent.parent}{rest}"
+    )
+    return "\n".join(lines)
+
+
+def _checked(builder: Any, split: str, source: TFDSSource, counted: str) -> str:
+    chosen = np.linspace(0, len(source) - 1, min(_DECODED, len(source))).astype(int)
+    for index in chosen:
+        source[int(index)]
+    info = builder.info.splits[split]
+    return (
+        f"  {split}: {counted}, {len(source.class_names)} classes, "
+        f"{info.num_bytes / 2**20:.1f} MiB in {info.num_shards} shard(s); {len(chosen)} decoded"
+    )
 
 
 def missing_archives(name: str, manual_dir: pathlib.Path, *, sample: bool = False) -> list[str]:

@@ -1,0 +1,258 @@
+"""Images in parquet files, as Hugging Face's data sets come.
+
+Of a row group, which has 20 to 100 MB, nothing can be read alone. So the images of each file are
+copied one after the other into a plain file first, from which they are read in any order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mimicnorm_jax.data.layout import USUAL_SPLITS
+from mimicnorm_jax.data.sources import digest
+from mimicnorm_jax.errors import UserError, first_line
+from mimicnorm_jax.progress_bar import progress_bar
+from mimicnorm_jax.tools.prepare_data.records import Records
+
+_ROWS = 64  # that are in memory at a time
+_LABELS = ("label", "labels", "fine_label", "class", "target")
+
+
+class _Columns(NamedTuple):
+    """The columns of an image and its label, and the names of the classes, if they are told."""
+
+    image: str
+    is_struct: bool
+    label: str
+    class_names: list[str]
+
+
+class ParquetRecords:
+    """A split of images in parquet files.
+
+    Args:
+      files: of the split.
+      columns: of these.
+      labels: of each row.
+      class_names: the classes, in the order of the labels.
+      spool: a folder for the copies.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[pathlib.Path],
+        columns: _Columns,
+        labels: np.ndarray,
+        class_names: list[str],
+        spool: pathlib.Path,
+    ):
+        self._files, self._columns, self._spool = list(files), columns, spool
+        self.labels = labels
+        self.class_names = class_names
+        counts = []
+        for path in self._files:
+            with _refused(path):
+                counts.append(pq.read_metadata(path).num_rows)
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+
+    channels = 3
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        sizes = [f"{path.name} {path.stat().st_size}\n".encode() for path in self._files]
+        names = [name.encode() + b"\n" for name in self.class_names]
+        return digest([*sizes, *names, self.labels])
+
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        names: list[Any] = [None] * len(self)
+        if self._columns.is_struct:
+            column = f"{self._columns.image}.path"
+            names = [row["path"] for path in self._files for row in _column(path, column)]
+        return [name or f"{index:08}" for index, name in enumerate(names)]
+
+    def name(self, index: int) -> str:
+        return self._names[index]
+
+    def describe(self, index: int) -> str:
+        number, row = self._place(index)
+        return f"{self._files[number]} row {row}"
+
+    def _place(self, index: int) -> tuple[int, int]:
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return number, index - int(self._starts[number])
+
+    def read(self, index: int) -> tuple[bytes, int]:
+        number, row = self._place(index)
+        copied, offsets = self._copies[number]
+        with copied.open("rb") as file:
+            file.seek(offsets[row])
+            data = file.read(offsets[row + 1] - offsets[row])
+        return data, int(self.labels[index])
+
+    @functools.cached_property
+    def _copies(self) -> list[tuple[pathlib.Path, list[int]]]:
+        """The plain files, and where in them the images are; made by the first that reads."""
+        self._spool.mkdir(parents=True, exist_ok=True)
+        shown = progress_bar(self._files, "unpacking parquet", len(self._files), unit="file")
+        return [self._copy(path) for path in shown]
+
+    def _copy(self, path: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
+        target = self._spool / f"{path.parent.name}-{path.name}.images"
+        offsets_file = target.with_suffix(".json")
+        if offsets_file.is_file():  # it comes last, so the other is complete
+            return target, json.loads(offsets_file.read_text())
+        offsets = [0]
+        with target.open("wb") as file:
+            for batch in _batches(path, self._columns):
+                for data in batch:
+                    if not data.is_valid:
+                        row = len(offsets) - 1
+                        raise UserError(f"{path} row {row} has no image in it, but at most a path")
+                    offsets.append(offsets[-1] + file.write(data.as_buffer()))
+        draft = offsets_file.with_suffix(".part")
+        draft.write_text(json.dumps(offsets))
+        draft.rename(offsets_file)
+        return target, offsets
+
+
+def _batches(path: pathlib.Path, columns: _Columns) -> Iterator[Any]:
+    name = f"{columns.image}.bytes" if columns.is_struct else columns.image
+    with _refused(path), pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_ROWS, columns=[name], use_threads=False):
+            column = batch.column(0)
+            yield column.field("bytes") if columns.is_struct else column
+
+
+def read_parquet(place: pathlib.Path, spool: pathlib.Path, label: str) -> dict[str, Records]:
+    """The splits of parquet files, by the names of these, or of their folders.
+
+    Args:
+      place: a folder, or a file.
+      spool: a folder for copies, which is made when the first image is read.
+      label: the column of the labels; ``""`` where it is clear.
+
+    Raises:
+      UserError: a file is damaged, or it is not clear which columns are meant.
+    """
+    files = [place] if place.is_file() else sorted(place.glob("**/*.parquet"))
+    found: dict[str, tuple[list[pathlib.Path], _Columns, list[Any]]] = {}
+    for split, of_split in _by_split(files).items():
+        columns = _columns(of_split[0], label)
+        values = [value for path in of_split for value in _column(path, columns.label)]
+        if set(values) <= {-1, None}:  # as test images are published whose labels are secret
+            print(f"NOTE: split {split} has no labels: left out", file=sys.stderr)
+            continue
+        found[split] = of_split, columns, values
+    told = [columns.class_names for _, columns, _ in found.values()]
+    names, numbers = _classes([values for _, _, values in found.values()], told, place)
+    return {
+        split: ParquetRecords(
+            of_split,
+            columns,
+            np.array([numbers[value] for value in values], np.int32),
+            names,
+            spool / split,
+        )
+        for split, (of_split, columns, values) in found.items()
+    }
+
+
+def _classes(
+    values: Sequence[list[Any]], told: Sequence[list[str]], place: pathlib.Path
+) -> tuple[list[str], dict[Any, int]]:
+    """Names of the classes, and the number of each value of a label."""
+    different = {value for of_split in values for value in of_split}
+    if different and all(isinstance(value, str) for value in different):
+        names = sorted(different)
+        return names, {name: number for number, name in enumerate(names)}
+    if not all(isinstance(value, int) and 0 <= value < 10**6 for value in different):
+        wrong = next(v for v in different if not isinstance(v, int) or not 0 <= v < 10**6)
+        raise UserError(f"{place} has a label that is {wrong}")
+    count = max(different, default=-1) + 1
+    if len({tuple(names) for names in told}) > 1:
+        raise UserError(f"{place}: the names of the classes differ between splits")
+    names = told[0] if told and told[0] else [f"{n:0{len(str(count - 1))}}" for n in range(count)]
+    if count > len(names):
+        raise UserError(f"{place} has a label that is {count - 1}; there are {len(names)} classes")
+    return names, {number: number for number in range(count)}
+
+
+def _by_split(files: Sequence[pathlib.Path]) -> dict[str, list[pathlib.Path]]:
+    found: dict[str, list[pathlib.Path]] = {}
+    for path in files:
+        words = [*re.split("[^a-zA-Z]+", path.stem), path.parent.name]
+        split = next((word for word in words if word.lower() in USUAL_SPLITS), "train")
+        found.setdefault(split, []).append(path)
+    return found
+
+
+def _column(path: pathlib.Path, name: str) -> list[Any]:
+    """The values of a column, or of a part of one, each in a dictionary of that part."""
+    # not read_table, which makes a column of its own of such a part
+    with _refused(path), pq.ParquetFile(path) as file:
+        return file.read(columns=[name]).column(0).to_pylist()
+
+
+@contextlib.contextmanager
+def _refused(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}") from error
+
+
+def _columns(path: pathlib.Path, label: str) -> _Columns:
+    with _refused(path):
+        schema = pq.read_schema(path)
+    features = _features(schema)
+    images = [field for field in schema if _holds_images(field, features)]
+    if len(images) != 1:
+        what = ", ".join(field.name for field in images) or "none"
+        raise UserError(
+            f"{path} has the columns {', '.join(schema.names)}; expected one of encoded images, it "
+            f"has {what}"
+        )
+    told = [name for name, kind in features.items() if kind.get("_type") == "ClassLabel"]
+    usual = [name for name in _LABELS if name in schema.names]
+    candidates = [label] if label else told or usual
+    if len(candidates) != 1 or candidates[0] not in schema.names:
+        raise UserError(
+            f"{path} has the columns {', '.join(schema.names)}; say which has the label: "
+            f"--label={(candidates or schema.names)[0]}"
+        )
+    names = features.get(candidates[0], {}).get("names") or []
+    (image,) = images
+    return _Columns(image.name, pa.types.is_struct(image.type), candidates[0], list(names))
+
+
+def _features(schema: pa.Schema) -> dict[str, Any]:
+    """What Hugging Face's metadata say of the columns; empty where there are none."""
+    try:
+        told = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: kind for name, kind in told.items() if isinstance(kind, dict)}
+    except (LookupError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _holds_images(field: pa.Field, features: dict[str, Any]) -> bool:
+    kind = field.type
+    if pa.types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    told = features.get(field.name, {}).get("_type")
+    is_binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return is_binary and told in (None, "Image")
