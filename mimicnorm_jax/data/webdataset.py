@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from mimicnorm_jax import kept
 from mimicnorm_jax.data.layout import USUAL_SPLITS, other_names
-from mimicnorm_jax.data.listing import IMAGE_SUFFIXES
+from mimicnorm_jax.data.listing import IMAGE_SUFFIXES, said_of
 from mimicnorm_jax.data.sources import EncodedSource, View, by_class_and_name, digest
 from mimicnorm_jax.errors import UserError, first_line, refused_by_system, unknown
 from mimicnorm_jax.progress_bar import progress_bar
@@ -27,7 +27,6 @@ from mimicnorm_jax.progress_bar import progress_bar
 CLASSES = "classes.txt"
 LABEL_FIELD = "label"
 _DIGESTED = 100
-_IMAGES = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)
 _MOST_OF_A_LABEL = 2**20  # bytes
 
 
@@ -49,6 +48,13 @@ class Sample(NamedTuple):
     file: int
     offset: int
     size: int
+
+
+class _Contents(NamedTuple):
+    """The images of a tar file, and how many other files it has of each kind."""
+
+    samples: list[Sample]
+    left_out: collections.Counter[str]
 
 
 def tars_in(place: pathlib.Path) -> list[pathlib.Path]:
@@ -156,11 +162,14 @@ def read_tars(place: pathlib.Path, view: View, field: str = LABEL_FIELD) -> dict
     tars = tars_in(place)
     if not tars:
         raise UserError(f"{place} has no .tar files")
-    samples = [
-        sample
-        for number, path in enumerate(progress_bar(tars, "indexing", len(tars), unit="file"))
-        for sample in _samples_of(path, number, field)
-    ]
+    samples: list[Sample] = []
+    left_out: collections.Counter[str] = collections.Counter()
+    for number, path in enumerate(progress_bar(tars, "indexing", len(tars), unit="file")):
+        contents = _contents_of(path, field)
+        samples += (sample._replace(file=number) for sample in contents.samples)
+        left_out += contents.left_out
+    if said := said_of(left_out):
+        print(f"NOTE: left out in the tar files of {place}: {said}", file=sys.stderr)
     if not samples:
         raise UserError(f"the tar files of {place} have no images")
     class_names, labels = _classes(samples, place)
@@ -176,54 +185,60 @@ def read_tars(place: pathlib.Path, view: View, field: str = LABEL_FIELD) -> dict
     return found
 
 
-def _samples_of(path: pathlib.Path, number: int, field: str) -> list[Sample]:
+def _contents_of(path: pathlib.Path, field: str) -> _Contents:
     what = f"images of {path.absolute()} by {field}"
     found, began = kept.recall(what), time.time()
     if found is None:
         found = _read_headers(path, field)
         kept.keep(what, found, began=began, depends_on=[path])
-    return [Sample(*entry)._replace(file=number) for entry in found]
+    samples, left_out = found
+    return _Contents([Sample(*entry) for entry in samples], collections.Counter(left_out))
 
 
-def _read_headers(path: pathlib.Path, field: str) -> list[Sample]:
-    images: dict[str, tarfile.TarInfo] = {}
+def _read_headers(path: pathlib.Path, field: str) -> _Contents:
+    images: list[tuple[str, tarfile.TarInfo]] = []
     told: dict[str, int | str] = {}
     left_out: collections.Counter[str] = collections.Counter()
     try:
         with tarfile.open(path, "r:") as tar:
             for member in _regular(tar):
-                key, _, suffix = _parts(member.name)
-                if suffix in _IMAGES:
-                    if key in images:
-                        raise UserError(f"{path} has several images of {key}")
-                    images[key] = member
-                elif suffix in ("cls", "json"):
+                key, suffix = _key_and_suffix(member.name)
+                if suffix in IMAGE_SUFFIXES:
+                    images.append((key, member))
+                elif suffix in (".cls", ".json"):
                     label = _label(tar, member, suffix, field)
-                    if label is not None and (suffix == "cls" or key not in told):
+                    if label is not None and (suffix == ".cls" or key not in told):
                         told[key] = label
                 else:
-                    left_out[f".{suffix}" if suffix else "no suffix"] += 1
+                    left_out[suffix or "no suffix"] += 1
     except (tarfile.TarError, EOFError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path} is damaged: {first_line(error)}") from error
-    if inner := left_out.get(".tar"):
+    if inner := left_out[".tar"]:
         raise UserError(
             f"{path} has {inner} tar files in it; if it is ImageNet's own: python -m "
             f"mimicnorm_jax.tools.prepare_data imagenet2012 --manual-dir {path.parent}"
         )
-    by_folder = not told
-    found = []
-    for key, member in images.items():
+    return _Contents(list(_samples(path, images, told, field)), left_out)
+
+
+def _samples(
+    path: pathlib.Path,
+    images: Sequence[tuple[str, tarfile.TarInfo]],
+    told: dict[str, int | str],
+    field: str,
+) -> Iterator[Sample]:
+    keys = collections.Counter(key for key, _ in images)
+    for key, member in images:
         split, folder = _folders(path, member.name)
-        label = told.get(key, folder if by_folder else None)
+        if told and keys[key] > 1:
+            raise UserError(f"{path} has {keys[key]} images of {key}: it is not clear which")
+        label = told.get(key) if told else folder
         if label is None or label == "":
             raise UserError(
                 f"{path}: {member.name} has no class: no .cls, no {field!r} in its .json, and no "
                 "folder"
             )
-        found.append(Sample(split, label, member.name, 0, member.offset_data, member.size))
-    return found
+        yield Sample(split, label, member.name, 0, member.offset_data, member.size)
 
 
 def _regular(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
@@ -233,11 +248,14 @@ def _regular(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             yield member
 
 
-def _parts(name: str) -> tuple[str, str, str]:
-    """A path up to the first dot of its last part, the dot, and the suffix in small letters."""
+def _key_and_suffix(name: str) -> tuple[str, str]:
+    """What the files of a sample have in common, and what kind of file one is.
+
+    WebDataset cuts at the first dot of a file's name, and takes all behind it for the kind: a
+    ``cat.v2.jpg`` is of the sample ``cat``. An image is one whatever else is before its suffix.
+    """
     folder, slash, last = name.rpartition("/")
-    stem, dot, suffix = last.partition(".")
-    return folder + slash + stem, dot, suffix.lower()
+    return folder + slash + last.partition(".")[0], pathlib.PurePosixPath(last).suffix.lower()
 
 
 def _label(
@@ -248,7 +266,7 @@ def _label(
     opened = tar.extractfile(member)
     assert opened is not None  # of a regular file
     text = opened.read().decode()
-    if suffix == "cls":
+    if suffix == ".cls":
         text = text.strip()
         return int(text) if re.fullmatch(r"\d+", text) else text
     described = json.loads(text)

@@ -74,10 +74,23 @@ def test_workers_read_a_copy(tmp_path):
     assert pickle.loads(pickle.dumps(source)).read(3) == source.read(3)
 
 
+def test_dots_in_names_are_part_of_the_key(tmp_path, capsys):
+    members = [("a.v2.png", ONE), ("a.cls", b"0"), ("b.png", TWO), ("b.cls", b"1"), ("b.txt", b"")]
+    sources.write_tar(tmp_path / "train.tar", members)
+    assert read_tars(tmp_path, VIEW)["train"].labels.tolist() == [0, 1]
+    assert "left out" in (said := capsys.readouterr().err) and ".txt (1)" in said
+    members = [("x/a.1.png", ONE), ("x/a.2.png", ONE), ("y/a.png", TWO)]
+    sources.write_tar(tmp_path / "train.tar", members)
+    assert read_tars(tmp_path, VIEW)["train"].labels.tolist() == [0, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("a.png", ONE), ("a.jpg", ONE), ("a.cls", b"0")], "has several images of a"),
+        (
+            [("a.png", ONE), ("a.jpg", ONE), ("a.cls", b"0")],
+            "has 2 images of a: it is not clear which",
+        ),
         ([("a.png", ONE), ("b.cls", b"0")], r"a\.png has no class: no \.cls, no 'label' in its"),
         ([("a.png", ONE)], r"a\.png has no class"),
         ([("a.png", ONE), ("a.json", b"{")], "is damaged: Expecting property name"),

@@ -3,6 +3,7 @@ import functools
 import json
 import math
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -181,7 +182,7 @@ def test_a_finished_run_is_left_alone(tiny_config, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == files
 
 
-def test_a_run_is_not_continued_on_other_images(tiny_config, tmp_path):
+def test_a_run_is_not_continued_on_other_images(tiny_config, tmp_path, capsys):
     def config(name, steps):
         return tiny_config(
             max_steps=steps,
@@ -203,8 +204,13 @@ def test_a_run_is_not_continued_on_other_images(tiny_config, tmp_path):
     train(config("a", 2), tmp_path / "run")
     (tmp_path / "a").rename(tmp_path / "moved")
     assert train(config("moved", 3), tmp_path / "run")["resumed_from_step"] == 2
-    with pytest.raises(UserError, match="a run on other train images"):
-        train(config("b", 4), tmp_path / "run")
+    for steps in (3, 4):  # a run that is finished is one of its images, too
+        with pytest.raises(UserError, match="a run on other train images"):
+            train(config("b", steps), tmp_path / "run")
+    shutil.copytree(tmp_path / "moved", tmp_path / "copy")
+    capsys.readouterr()
+    train(config("copy", 3), tmp_path / "run")
+    assert "is finished" in capsys.readouterr().out
 
 
 def test_what_a_kill_in_the_first_moment_leaves_is_no_obstacle(tiny_config, tmp_path):
