@@ -64,7 +64,8 @@ def tars_in(place: pathlib.Path) -> list[pathlib.Path]:
       UserError: they are compressed, so that nothing in them can be found without reading all.
       OSError: the system refuses.
     """
-    found = [place] if place.is_file() else sorted(place.glob("**/*.tar"))
+    candidates = [place] if place.is_file() else sorted(place.glob("**/*.tar"))
+    found = [path for path in candidates if path.is_file()]  # a pipe would be waited for
     if not found:
         packed = [*sorted(place.glob("**/*.tar.*")), *sorted(place.glob("**/*.tgz"))]
         if packed:

@@ -2,10 +2,13 @@
 
 import io
 import json
+import os
 import pickle
 import re
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scipy.io
 from PIL import Image
@@ -89,6 +92,19 @@ def test_a_folder_without_splits_is_a_training_split(tmp_path, capsys):
     assert "--config.data.test_split= --config.data.holdout=0.1" in report
     build = tmp_path / "data" / "bugs" / "1.0.0"
     assert examples_of(build, "train") == sources.in_order("train")
+
+
+def test_the_folder_that_an_archive_unpacks_to(tmp_path):
+    sources.write_folder(tmp_path / "raw" / "bugs2")
+    (tmp_path / "raw" / ".DS_Store").write_text("")
+    build = imported(tmp_path / "raw", tmp_path)
+    assert examples_of(build, "test") == sources.in_order("test")
+
+
+def test_a_label_for_what_has_one(tmp_path):
+    with pytest.raises(UserError, match="--label=x: class folders have one label an image"):
+        imported(sources.write_folder(tmp_path / "raw"), tmp_path, label="x")
+    assert not (tmp_path / "data").exists()
 
 
 def test_the_report_says_how_to_train_and_draws_the_classes(tmp_path):
@@ -286,6 +302,24 @@ class TestParquet:
         sources.write_parquet_file(path, rows, names=("photo", "kind"))
         build = imported(path, tmp_path, label="kind")
         assert [label for _, label in examples_of(build, "train")] == [0, 1]
+
+    def test_of_several_labels_one_is_chosen(self, tmp_path):
+        kinds = {name: {"_type": "ClassLabel", "names": ["a", "b"]} for name in ("fine", "coarse")}
+        image = [{"bytes": sources.encoded("train", 0, i), "path": None} for i in range(2)]
+        table = pa.table({"img": image, "fine": [0, 1], "coarse": [1, 0]})
+        told = {"huggingface": json.dumps({"info": {"features": kinds}})}
+        (tmp_path / "raw").mkdir()
+        pq.write_table(table.replace_schema_metadata(told), tmp_path / "raw" / "train.parquet")
+        with pytest.raises(UserError, match="the columns img, fine, coarse; say which has the la"):
+            imported(tmp_path / "raw", tmp_path)
+        build = imported(tmp_path / "raw", tmp_path, label="coarse")
+        assert examples_of(build, "train")[0][0] == sources.encoded("train", 0, 1)
+
+    def test_pipes_are_not_waited_for(self, tmp_path):
+        raw = sources.write_parquet(tmp_path / "raw")
+        os.mkfifo(raw / "data" / "train-9.parquet")
+        os.mkfifo(raw / "data" / "train-9.tar")
+        assert examples_of(imported(raw, tmp_path), "train") == sources.in_order("train")
 
     def test_a_damaged_file_is_named(self, tmp_path):
         raw = sources.write_parquet(tmp_path / "raw")

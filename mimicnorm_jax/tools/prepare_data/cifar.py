@@ -26,17 +26,19 @@ _FORMS: dict[str, dict[str, list[str]]] = {  # files of the splits
     "binary CIFAR-10": {"train": [f"{name}.bin" for name in _TRAIN], "test": ["test_batch.bin"]},
     "binary CIFAR-100": {"train": ["train.bin"], "test": ["test.bin"]},
 }
+_MARKS: dict[str, tuple[str, ...]] = {  # files that tell them from others
+    "python CIFAR-10": ("data_batch_1",),
+    "python CIFAR-100": ("train", "meta"),
+    "binary CIFAR-10": ("data_batch_1.bin",),
+    "binary CIFAR-100": ("train.bin", "fine_label_names.txt"),
+}
 _KINDS = ("fine", "coarse")  # of CIFAR-100's labels
 
 
 def form_of(folder: pathlib.Path) -> str:
     """Which form of CIFAR a folder has; ``""`` where it has none."""
-    marks = {"binary CIFAR-100": "fine_label_names.txt", "python CIFAR-100": "meta"}
-    for form, splits in _FORMS.items():
-        files = [*splits["train"], *([marks[form]] if form in marks else [])]
-        if any((folder / name).is_file() for name in splits["train"][:1]) and (
-            form not in marks or all((folder / name).is_file() for name in files)
-        ):
+    for form, names in _MARKS.items():
+        if all((folder / name).is_file() for name in names):
             return form
     return ""
 

@@ -149,7 +149,8 @@ def read_parquet(place: pathlib.Path, spool: pathlib.Path, label: str) -> dict[s
     Raises:
       UserError: a file is damaged, or it is not clear which columns are meant.
     """
-    files = [place] if place.is_file() else sorted(place.glob("**/*.parquet"))
+    candidates = [place] if place.is_file() else sorted(place.glob("**/*.parquet"))
+    files = [path for path in candidates if path.is_file()]  # a pipe would be waited for
     found: dict[str, tuple[list[pathlib.Path], _Columns, list[Any]]] = {}
     for split, of_split in _by_split(files).items():
         columns = _columns(of_split[0], label)

@@ -6,7 +6,8 @@ import pathlib
 from collections.abc import Mapping
 
 from mimicnorm_jax.data.folder import FolderSource, annotated
-from mimicnorm_jax.data.layout import annotations_of, splits_in
+from mimicnorm_jax.data.layout import USUAL_SPLITS, annotations_of, splits_in
+from mimicnorm_jax.data.listing import is_class_folder
 from mimicnorm_jax.data.sources import View
 from mimicnorm_jax.data.webdataset import LABEL_FIELD, read_tars, tars_in
 from mimicnorm_jax.errors import UserError, refused_by_system
@@ -15,6 +16,7 @@ from mimicnorm_jax.tools.prepare_data.cifar import form_of, read_cifar
 from mimicnorm_jax.tools.prepare_data.records import Found, Records
 
 _VIEW = View(size=1, resize=1, upright=False)  # nothing is decoded
+_WITH_LABELS = ("parquet files", "tar files", "python CIFAR-100", "binary CIFAR-100")
 _EXPECTED = (
     "class folders, parquet files, WebDataset's tar files, SVHN's .mat files, STL-10's .bin files, "
     "MNIST's idx files, CIFAR's batches"
@@ -33,20 +35,23 @@ def find(source: pathlib.Path, spool: pathlib.Path, *, label: str = "") -> Found
       UserError: there is nothing of a known kind, or something is damaged or missing.
     """
     with refused_by_system(f"{source} cannot be read"):
-        places = [source]
-        if source.is_dir():  # archives unpack to a folder of their name
-            inner = [path for path in sorted(source.iterdir()) if path.is_dir()]
-            places += inner if len(inner) == 1 else []
-        for place in places:
-            found = _find(place, spool, label)
-            if found is not None:
-                break
-        else:
-            found = _class_folders(source)
+        place = _unpacked(source) if source.is_dir() else source
+        found = _find(place, spool, label)
+        if found is None:
+            found = _class_folders(place)
     if not found.splits:
         raise UserError(f"{source} has no images with labels")
+    if label and found.kind not in _WITH_LABELS:
+        raise UserError(f"--label={label}: {found.kind} have one label an image; leave it out")
     _check_classes(found.splits, source)
     return found
+
+
+def _unpacked(source: pathlib.Path) -> pathlib.Path:
+    """The folder in a folder, where that is all there is: archives unpack to one of their name."""
+    inner = [path for path in source.iterdir() if is_class_folder(path.name)]
+    only = inner[0] if len(inner) == 1 else source
+    return source if only.name.lower() in USUAL_SPLITS or not only.is_dir() else only
 
 
 def _find(place: pathlib.Path, spool: pathlib.Path, label: str) -> Found | None:
