@@ -9,7 +9,10 @@ import tarfile
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import tensorflow_datasets as tfds
 from PIL import Image
+
+from mimicnorm_jax.tools.prepare_data.build import import_images
 
 CLASSES = ("ant", "bee", "cat")
 PER_CLASS = {"train": 4, "test": 2}
@@ -153,3 +156,20 @@ def write_idx(root, prefix, images, labels):
     header = bytes((0, 0, 8, 1)) + np.array(labels.shape, ">u4").tobytes()
     name = root / f"{prefix}-labels-idx1-ubyte.gz"
     name.write_bytes(gzip.compress(header + labels.astype(np.uint8).tobytes()))
+
+
+def imported(source, root, **options):
+    import_images(source, root / "data", name="bugs", **options)
+    return root / "data" / "bugs" / "1.0.0"
+
+
+def examples_of(build, split):
+    """Encoded images, labels and file names, as TFDS reads them."""
+    builder = tfds.builder_from_directory(build)
+    read = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    found = [read[index] for index in range(len(read))]
+    return [(each["image"], int(each["label"])) for each in found]
+
+
+def classes_of(build):
+    return tuple(tfds.builder_from_directory(build).info.features["label"].names)

@@ -2,15 +2,12 @@
 
 import io
 import json
-import os
-import pickle
 import re
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import scipy.io
+import tensorflow_datasets as tfds
 from PIL import Image
 
 from mimicnorm_jax.config import default_config
@@ -19,33 +16,14 @@ from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.tools.prepare_data import write as writer
 from mimicnorm_jax.tools.prepare_data.__main__ import main
 from mimicnorm_jax.tools.prepare_data.build import import_images
-from mimicnorm_jax.tools.prepare_data.cifar import read_pickle
 from tests import sources
-
-tfds = pytest.importorskip("tensorflow_datasets")
-
-
-def imported(source, root, **options):
-    import_images(source, root / "data", name="bugs", **options)
-    return root / "data" / "bugs" / "1.0.0"
-
-
-def examples_of(build, split):
-    """Encoded images, labels and file names, as TFDS reads them."""
-    builder = tfds.builder_from_directory(build)
-    read = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    found = [read[index] for index in range(len(read))]
-    return [(each["image"], int(each["label"])) for each in found]
+from tests.sources import classes_of, examples_of, imported
 
 
 def pixels_of(build, split):
     found = examples_of(build, split)
     pixels = [np.asarray(Image.open(io.BytesIO(data))) for data, _ in found]
     return np.stack(pixels), [label for _, label in found]
-
-
-def classes_of(build):
-    return tuple(tfds.builder_from_directory(build).info.features["label"].names)
 
 
 WRITERS = {
@@ -242,137 +220,6 @@ class TestInterrupted:
         imported(raw, tmp_path)
         (raw / "train/ant/train0_0.png").write_bytes(sources.encoded("test", 2, 9))
         with pytest.raises(UserError, match=r"1\.0\.0 is there, and of other images"):
-            imported(raw, tmp_path)
-
-
-class TestParquet:
-    def test_without_metadata_labels_are_numbers(self, tmp_path):
-        rows = [(b"a", 11, "x"), (b"b", 0, "y")]
-        sources.write_parquet_file(tmp_path / "raw" / "some.parquet", rows)
-        build = tmp_path / "data" / "bugs" / "1.0.0"
-        with pytest.raises(UserError, match="cannot read image"):  # by the check: b"a" is none
-            imported(tmp_path / "raw", tmp_path)
-        assert classes_of(build) == tuple(f"{number:02}" for number in range(12))
-
-    def test_text_labels_are_names(self, tmp_path):
-        rows = [(sources.encoded("train", 0, i), name, f"{i}") for i, name in enumerate("baab")]
-        sources.write_parquet_file(tmp_path / "raw" / "train.parquet", rows)
-        build = imported(tmp_path / "raw", tmp_path)
-        assert (classes_of(build), [label for _, label in examples_of(build, "train")]) == (
-            ("a", "b"),
-            [0, 0, 1, 1],
-        )
-
-    def test_a_split_of_secret_labels_is_left_out(self, tmp_path, capsys):
-        raw = sources.write_parquet(tmp_path / "raw")
-        secret = [(sources.encoded("test", 0, 0), -1, "x.png")]
-        for path in (raw / "data").glob("test*"):
-            sources.write_parquet_file(path, secret, sources.HUGGING_FACE)
-        build = imported(raw, tmp_path)
-        assert "split test has no labels: left out" in capsys.readouterr().err
-        assert list(tfds.builder_from_directory(build).info.splits) == ["train"]
-
-    def test_the_order_of_the_classes_is_that_of_the_metadata(self, tmp_path):
-        names = ["tench", "goldfish"]  # ImageNet's are not sorted by name
-        features = sources.HUGGING_FACE | {"label": {"_type": "ClassLabel", "names": names}}
-        first, second = sources.encoded("train", 0, 0), sources.encoded("train", 1, 0)
-        rows = [(first, 1, "a.png"), (second, 0, "b.png")]
-        sources.write_parquet_file(tmp_path / "raw" / "train.parquet", rows, features)
-        build = imported(tmp_path / "raw", tmp_path)
-        assert list(classes_of(build)) == names
-        assert examples_of(build, "train") == [(second, 0), (first, 1)]
-
-    @pytest.mark.parametrize(
-        ("rows", "names", "message"),
-        [
-            ([(None, 0, "x"), (b"b", 1, "y")], ("image", "label"), "row 0 has no image in it"),
-            ([(b"a", None, "x"), (b"b", 1, "y")], ("image", "label"), "a label that is None"),
-            ([(b"a", -3, "x"), (b"b", 1, "y")], ("image", "label"), "a label that is -3"),
-            ([(b"a", 0, "x"), (b"b", 1, "y")], ("image", "kind"), "--label=image"),
-        ],
-    )
-    def test_is_refused(self, tmp_path, rows, names, message):
-        sources.write_parquet_file(tmp_path / "raw" / "train.parquet", rows, names=names)
-        with pytest.raises(UserError, match=message):
-            imported(tmp_path / "raw", tmp_path)
-
-    def test_another_column(self, tmp_path):
-        rows = [(sources.encoded("train", 0, i), i, f"{i}") for i in range(2)]
-        path = tmp_path / "raw" / "train.parquet"
-        sources.write_parquet_file(path, rows, names=("photo", "kind"))
-        build = imported(path, tmp_path, label="kind")
-        assert [label for _, label in examples_of(build, "train")] == [0, 1]
-
-    def test_of_several_labels_one_is_chosen(self, tmp_path):
-        kinds = {name: {"_type": "ClassLabel", "names": ["a", "b"]} for name in ("fine", "coarse")}
-        image = [{"bytes": sources.encoded("train", 0, i), "path": None} for i in range(2)]
-        table = pa.table({"img": image, "fine": [0, 1], "coarse": [1, 0]})
-        told = {"huggingface": json.dumps({"info": {"features": kinds}})}
-        (tmp_path / "raw").mkdir()
-        pq.write_table(table.replace_schema_metadata(told), tmp_path / "raw" / "train.parquet")
-        with pytest.raises(UserError, match="the columns img, fine, coarse; say which has the la"):
-            imported(tmp_path / "raw", tmp_path)
-        build = imported(tmp_path / "raw", tmp_path, label="coarse")
-        assert examples_of(build, "train")[0][0] == sources.encoded("train", 0, 1)
-
-    def test_pipes_are_not_waited_for(self, tmp_path):
-        raw = sources.write_parquet(tmp_path / "raw")
-        os.mkfifo(raw / "data" / "train-9.parquet")
-        os.mkfifo(raw / "data" / "train-9.tar")
-        assert examples_of(imported(raw, tmp_path), "train") == sources.in_order("train")
-
-    def test_a_damaged_file_is_named(self, tmp_path):
-        raw = sources.write_parquet(tmp_path / "raw")
-        path = raw / "data" / "train-00001-of-00002.parquet"
-        path.write_bytes(path.read_bytes()[:-20])
-        with pytest.raises(UserError, match=f"{path} cannot be read"):
-            imported(raw, tmp_path)
-
-
-class TestPickles:
-    """They are followed, not run."""
-
-    @pytest.mark.parametrize("protocol", [2, 3, 4])
-    def test_every_protocol(self, tmp_path, protocol):
-        batch = {
-            "labels": [1, 2, 300],
-            "data": np.arange(6, dtype=np.uint8).reshape(2, 3),
-            "s": "x",
-        }
-        (tmp_path / "batch").write_bytes(pickle.dumps(batch, protocol=protocol))
-        found = read_pickle(tmp_path / "batch")
-        np.testing.assert_array_equal(found.pop("data"), batch["data"])
-        assert found == {"labels": [1, 2, 300], "s": "x"}
-
-    @pytest.mark.parametrize(
-        ("value", "message"),
-        [
-            ({"a": np.zeros(2)}, "an array that is not of uint8"),
-            ({"a": io.StringIO}, "it names _io.StringIO"),
-            ({"a": complex(1, 2)}, "it names builtins.complex"),
-            ({"a": [[1]]}, "it has a list where"),
-            ({"a": (1, 2)}, "it has a tuple where"),
-            ([1], "it is no dictionary"),
-        ],
-    )
-    def test_anything_else_is_refused(self, tmp_path, value, message):
-        (tmp_path / "batch").write_bytes(pickle.dumps(value, protocol=4))
-        with pytest.raises(UserError, match=message):
-            read_pickle(tmp_path / "batch")
-
-    def test_nothing_of_it_is_called(self, tmp_path):
-        called = []
-        globals()["_seen"] = called.append
-        (tmp_path / "batch").write_bytes(f"c{__name__}\n_seen\n(I1\ntR.".encode())
-        with pytest.raises(UserError, match=r"it names .*_seen"):
-            read_pickle(tmp_path / "batch")
-        assert not called
-
-    def test_a_half_is_damaged(self, tmp_path):
-        raw = sources.write_cifar10(tmp_path / "raw", is_binary=False)
-        path = raw / "data_batch_3"
-        path.write_bytes(path.read_bytes()[:5000])
-        with pytest.raises(UserError, match=f"{path} is damaged"):
             imported(raw, tmp_path)
 
 

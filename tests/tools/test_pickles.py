@@ -1,0 +1,59 @@
+"""CIFAR's pickles are followed, not run."""
+
+import io
+import pickle
+
+import numpy as np
+import pytest
+
+from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.tools.prepare_data.cifar import read_pickle
+from tests import sources
+from tests.sources import imported
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+def test_every_protocol(tmp_path, protocol):
+    batch = {
+        "labels": [1, 2, 300],
+        "data": np.arange(6, dtype=np.uint8).reshape(2, 3),
+        "s": "x",
+    }
+    (tmp_path / "batch").write_bytes(pickle.dumps(batch, protocol=protocol))
+    found = read_pickle(tmp_path / "batch")
+    np.testing.assert_array_equal(found.pop("data"), batch["data"])
+    assert found == {"labels": [1, 2, 300], "s": "x"}
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"a": np.zeros(2)}, "an array that is not of uint8"),
+        ({"a": io.StringIO}, "it names _io.StringIO"),
+        ({"a": complex(1, 2)}, "it names builtins.complex"),
+        ({"a": [[1]]}, "it has a list where"),
+        ({"a": (1, 2)}, "it has a tuple where"),
+        ([1], "it is no dictionary"),
+    ],
+)
+def test_anything_else_is_refused(tmp_path, value, message):
+    (tmp_path / "batch").write_bytes(pickle.dumps(value, protocol=4))
+    with pytest.raises(UserError, match=message):
+        read_pickle(tmp_path / "batch")
+
+
+def test_nothing_of_it_is_called(tmp_path):
+    called = []
+    globals()["_seen"] = called.append
+    (tmp_path / "batch").write_bytes(f"c{__name__}\n_seen\n(I1\ntR.".encode())
+    with pytest.raises(UserError, match=r"it names .*_seen"):
+        read_pickle(tmp_path / "batch")
+    assert not called
+
+
+def test_a_half_is_damaged(tmp_path):
+    raw = sources.write_cifar10(tmp_path / "raw", is_binary=False)
+    path = raw / "data_batch_3"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match=f"{path} is damaged"):
+        imported(raw, tmp_path)
