@@ -125,6 +125,20 @@ def _scaled(height: int, width: int, scale: int) -> tuple[tuple[int, int], dict[
     return sides, options if scale > 1 else {}
 
 
+def check_whole(data: bytes) -> None:
+    """Finds what is no image, or was cut off, without decoding it.
+
+    Raises:
+      ValueError: says what is wrong.
+    """
+    if not pillow.is_image(data):
+        raise ValueError(pillow.what_it_is(data))
+    if data.startswith(_START_OF_IMAGE) and data.rfind(_END_OF_IMAGE) < 0:
+        raise ValueError("it was cut off: its end is missing")
+    if data.startswith(b"\x89PNG") and data.rfind(b"IEND") < 0:
+        raise ValueError("it was cut off: its end is missing")
+
+
 def with_channels(image: np.ndarray, channels: int) -> np.ndarray:
     """An image of 1 channel (by its luminance) or 3.
 

@@ -27,10 +27,9 @@ class Overlap(NamedTuple):
     compared: int
 
     def __str__(self) -> str:
-        what = "every one" if self.shared == self.compared else f"{self.shared}"
-        return (
-            f"{what} of {self.compared} test images that were compared: in the training images too"
-        )
+        count = "all" if self.shared == self.compared else f"{self.shared} of"
+        compared = f"{self.compared} test images that were compared"
+        return f"{count} {compared} are training images too"
 
 
 def overlap(train: Source, test: Source) -> Overlap:

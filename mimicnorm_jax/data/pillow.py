@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import io
 import sys
@@ -107,7 +106,7 @@ def decode(
     try:
         opened = Image.open(io.BytesIO(data), formats=KINDS)
     except UnidentifiedImageError as error:  # whose message is the address of the bytes
-        raise ValueError(_what_it_is(data)) from error
+        raise ValueError(what_it_is(data)) from error
     with opened as file:
         if at_least is not None:
             width, height = (at_least * side // min(file.size) for side in file.size)
@@ -137,17 +136,30 @@ def _as_rgb(
     return np.asarray(image.convert("RGB"))
 
 
-@functools.cache
+_dark_is_said = threading.Lock()  # which is never given back
+
+
 def _say_that_it_is_dark() -> None:
     """Once a process: cameras and scanners store 12 bits in 16."""
-    print(
-        "NOTE: a 16-bit grey image has no value above 4095; if its values have 12 bits, it is 16 "
-        "times too dark: multiply such images by 16",
-        file=sys.stderr,
-    )
+    if _dark_is_said.acquire(blocking=False):
+        print(
+            "NOTE: a 16-bit grey image has no value above 4095; if its values have 12 bits, the "
+            "network sees it 16 times too dark: store such images with 16 times the values",
+            file=sys.stderr,
+        )
 
 
-def _what_it_is(data: bytes) -> str:
+def is_image(data: bytes) -> bool:
+    """Whether these are the bytes of a file of ``KINDS``, by its header."""
+    try:
+        with Image.open(io.BytesIO(data), formats=KINDS):
+            return True
+    except Exception:  # whatever a damaged header makes of it
+        return False
+
+
+def what_it_is(data: bytes) -> str:
+    """Of a file that is none of ``KINDS``, for people."""
     brand = data[8:12] if data[4:8] == b"ftyp" else b""
     if brand in (b"heic", b"heix", b"mif1", b"hevc"):
         return "it is HEIC, which is not read: make it a JPEG"

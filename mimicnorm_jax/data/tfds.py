@@ -26,11 +26,13 @@ _OTHER_FILES = 256  # that a process may have open beside the shards
 
 def how_to_prepare(name: str, directory: str | pathlib.Path) -> str:
     """What a person does to have a data set prepared."""
+    tool = "python -m mimicnorm_jax.tools.prepare_data"
     if name in PREPARABLE:
-        return (
-            f"prepare it: python -m mimicnorm_jax.tools.prepare_data {name} --data-dir {directory}"
-        )
-    return f"prepare it: tfds build {name} --file_format={FORMAT} --data_dir={directory}"
+        return f"prepare it: {tool} {name} --data-dir {directory}"
+    return (
+        f"import your own images: {tool} import SOURCE --data-dir {directory} --name {name}, or "
+        f"prepare TFDS's: tfds build {name} --file_format={FORMAT} --data_dir={directory}"
+    )
 
 
 def finished(root: pathlib.Path) -> list[pathlib.Path]:
@@ -252,10 +254,19 @@ class TFDSSource(EncodedSource):
             ) from error
         return example["image"], int(example["label"])
 
+    def _file_name(self, index: int) -> str:
+        """The name that an image had before, where the build knows it."""
+        try:
+            name = self._source[index].get("file_name", b"")
+        except Exception:  # a damaged record, which is being said
+            name = b""
+        return f" ({name.decode(errors='replace')})" if name else ""
+
     def describe(self, index: int) -> str:
+        at = int(index)
         for part in self._info.file_instructions:
             if index < part.take:
-                return f"{part.filename} record {part.skip + index}"
+                return f"{part.filename} record {part.skip + index}{self._file_name(at)}"
             index -= part.take
         raise IndexError(index)
 

@@ -41,9 +41,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="python -m mimicnorm_jax.tools.prepare_data", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
-        "what", choices=(*PREPARABLE, _IMPORT), help="the data set, or import for your own"
+        "what",
+        metavar="DATA_SET|import",
+        choices=(*PREPARABLE, _IMPORT),
+        help=f"the data set, {', '.join(PREPARABLE)}; or import, for your own images",
     )
-    parser.add_argument("source", nargs="?", type=_path, help="import: the images")
+    parser.add_argument(
+        "source", metavar="SOURCE", nargs="?", type=_path, help="import: the images"
+    )
     parser.add_argument("--data-dir", type=_path, required=True, help="where it goes")
     parser.add_argument(
         "--manual-dir",
@@ -108,6 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -97,7 +97,9 @@ def import_images(
     path = build_directory(data_dir, name)
     record = path / IMPORT
     if not record.is_file() or json.loads(record.read_text()) != describe(found):
-        raise UserError(f"{path} is there, and of other images than {source}: give another --name")
+        raise UserError(
+            f"{path} is there, and of other images than {source}: remove it, or give another --name"
+        )
     return check_import(path)
 
 

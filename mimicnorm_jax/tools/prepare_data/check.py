@@ -106,8 +106,8 @@ def check_import(path: pathlib.Path) -> str:
     rest = f" --config.data.test_split={others[0]}" if others else _HELD_OUT
     rest = "" if "test" in others else rest
     lines.append(
-        f"to train on it: --config.data.name=tfds --config.data.tfds_name={builder.name} "
-        f"--config.data.dir={path.parent.parent}{rest}"
+        "to train on it: python -m mimicnorm_jax.main --config CONFIG --config.data.name=tfds"
+        f" --config.data.tfds_name={builder.name} --config.data.dir={path.parent.parent}{rest}"
     )
     return "\n".join(lines)
 

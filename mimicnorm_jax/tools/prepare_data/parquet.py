@@ -21,11 +21,13 @@ import pyarrow.parquet as pq
 
 from mimicnorm_jax.data.layout import USUAL_SPLITS
 from mimicnorm_jax.data.sources import digest
-from mimicnorm_jax.errors import UserError, first_line
+from mimicnorm_jax.errors import UserError, first_line, unknown
 from mimicnorm_jax.progress_bar import progress_bar
 from mimicnorm_jax.tools.prepare_data.records import Records
 
 _ROWS = 64  # that are in memory at a time
+_SECRET = -1  # in the place of a label, as test images are published
+_MOST_CLASSES = 10**6
 _LABELS = ("label", "labels", "fine_label", "class", "target")
 
 
@@ -153,11 +155,13 @@ def read_parquet(place: pathlib.Path, spool: pathlib.Path, label: str) -> dict[s
     files = [path for path in candidates if path.is_file()]  # a pipe would be waited for
     found: dict[str, tuple[list[pathlib.Path], _Columns, list[Any]]] = {}
     for split, of_split in _by_split(files).items():
-        columns = _columns(of_split[0], label)
-        values = [value for path in of_split for value in _column(path, columns.label)]
-        if set(values) <= {-1, None}:  # as test images are published whose labels are secret
+        columns = _columns_of_all(of_split, label)
+        values = [value for path in of_split for value in _labels(path, columns.label)]
+        if set(values) <= {_SECRET}:
             print(f"NOTE: split {split} has no labels: left out", file=sys.stderr)
             continue
+        if _SECRET in values:
+            raise UserError(f"split {split} of {place} has images without a label: -1 or none")
         found[split] = of_split, columns, values
     told = [columns.class_names for _, columns, _ in found.values()]
     names, numbers = _classes([values for _, _, values in found.values()], told, place)
@@ -173,6 +177,17 @@ def read_parquet(place: pathlib.Path, spool: pathlib.Path, label: str) -> dict[s
     }
 
 
+def _labels(path: pathlib.Path, name: str) -> list[Any]:
+    """The labels of a file, which are numbers or text; raises ``UserError`` of any other."""
+    values = _column(path, name)
+    for row, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+            raise UserError(f"{path} row {row} has no label, but {value!r} in column {name!r}")
+        if isinstance(value, int) and not _SECRET <= value < _MOST_CLASSES:
+            raise UserError(f"{path} row {row} has a label that is {value}")
+    return values
+
+
 def _classes(
     values: Sequence[list[Any]], told: Sequence[list[str]], place: pathlib.Path
 ) -> tuple[list[str], dict[Any, int]]:
@@ -181,9 +196,8 @@ def _classes(
     if different and all(isinstance(value, str) for value in different):
         names = sorted(different)
         return names, {name: number for number, name in enumerate(names)}
-    if not all(isinstance(value, int) and 0 <= value < 10**6 for value in different):
-        wrong = next(v for v in different if not isinstance(v, int) or not 0 <= v < 10**6)
-        raise UserError(f"{place} has a label that is {wrong}")
+    if not all(isinstance(value, int) for value in different):
+        raise UserError(f"{place}: the labels are numbers in some rows and text in others")
     count = max(different, default=-1) + 1
     if len({tuple(names) for names in told}) > 1:
         raise UserError(f"{place}: the names of the classes differ between splits")
@@ -199,7 +213,21 @@ def _by_split(files: Sequence[pathlib.Path]) -> dict[str, list[pathlib.Path]]:
         words = [*re.split("[^a-zA-Z]+", path.stem), path.parent.name]
         split = next((word for word in words if word.lower() in USUAL_SPLITS), "train")
         found.setdefault(split, []).append(path)
+    for of_split in found.values():
+        if len(folders := sorted({path.parent for path in of_split})) > 1:
+            raise UserError(
+                f"{folders[0]} and {folders[1]} both have parquet files of one split: import one "
+                "of these folders"
+            )
     return found
+
+
+def _columns_of_all(files: Sequence[pathlib.Path], label: str) -> _Columns:
+    first, *others = (_columns(path, label) for path in files)
+    for path, columns in zip(files[1:], others, strict=True):
+        if columns != first:
+            raise UserError(f"{files[0]} and {path} have other columns, or other classes")
+    return first
 
 
 def _column(path: pathlib.Path, name: str) -> list[Any]:
@@ -230,8 +258,10 @@ def _columns(path: pathlib.Path, label: str) -> _Columns:
         )
     told = [name for name, kind in features.items() if kind.get("_type") == "ClassLabel"]
     usual = [name for name in _LABELS if name in schema.names]
+    if label and label not in schema.names:
+        raise unknown(f"column of {path}", label, schema.names)
     candidates = [label] if label else told or usual
-    if len(candidates) != 1 or candidates[0] not in schema.names:
+    if len(candidates) != 1:
         raise UserError(
             f"{path} has the columns {', '.join(schema.names)}; say which has the label: "
             f"--label={(candidates or schema.names)[0]}"

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mimicnorm_jax.data.images import check_whole
 from mimicnorm_jax.data.tfds import FORMAT, IMPORT
 from mimicnorm_jax.errors import UserError, first_line
 from mimicnorm_jax.progress_bar import progress_bar
@@ -112,9 +113,13 @@ def _write_shard(records: Records, indices: np.ndarray, path: pathlib.Path, bar:
 
 def _read(records: Records, index: int) -> bytes:
     try:
-        return records.read(index)[0]
-    except OSError as error:
-        reason = error.strerror or first_line(error)
+        data = records.read(index)[0]
+        check_whole(data)
+        return data
+    except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"cannot read image {records.describe(index)}: {reason}") from error
 
 
