@@ -37,8 +37,8 @@ def recall(what: str) -> Any:
             found = json.load(file)
         if found["what"] == what and all(_state(p) == state for p, state in found["on"].items()):
             return found["value"]
-    except (OSError, EOFError, ValueError, LookupError, TypeError, zlib.error):
-        pass  # not there, of no use any more, or damaged
+    except (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, zlib.error):
+        pass  # not there, of no use any more, or damaged; or nobody knows a home
     return None
 
 
@@ -55,7 +55,7 @@ def keep(what: str, value: Any, *, began: float, depends_on: Iterable[str | path
         return
     try:
         states = {str(path): _state(path) for path in depends_on}
-        if any(seconds > (began - _FRESH) * 1e9 for seconds, _ in states.values()):
+        if any(times[0] > (began - _FRESH) * 1e9 for times in states.values()):
             return
         path = _path(what)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def keep(what: str, value: Any, *, began: float, depends_on: Iterable[str | path
         with gzip.open(draft, "wt", compresslevel=1) as file:
             json.dump({"what": what, "on": states, "value": value}, file)
         draft.replace(path)
-    except OSError:  # a machine without a home, or a full one
+    except (OSError, RuntimeError):  # a machine without a home, or a full one
         pass
 
 
@@ -74,4 +74,4 @@ def _path(what: str) -> pathlib.Path:
 
 def _state(path: str | pathlib.Path) -> list[int]:
     status = os.stat(path)
-    return [status.st_mtime_ns, status.st_size]
+    return [status.st_mtime_ns, status.st_ctime_ns, status.st_size, status.st_ino]

@@ -16,13 +16,11 @@ from mimicnorm_jax.data import listing
 from mimicnorm_jax.data.annotations import read_annotations
 from mimicnorm_jax.data.labels_file import read_labels_file
 from mimicnorm_jax.data.layout import annotations_of, find_layout
-from mimicnorm_jax.data.sources import EncodedSource, View, digest
+from mimicnorm_jax.data.sources import EncodedSource, View, digest, digested
 from mimicnorm_jax.errors import UserError, refused_by_system
 
 _NO_CLASS = "in no class folder"
 _VERSION = 2  # of the identity; the first, which had none, was of names and sizes
-_DIGESTED = 1000  # files whose contents are part of it
-_DIGEST_STREAM = 0x1D  # tells these random numbers from others
 
 
 class FilesSource(EncodedSource):
@@ -64,10 +62,7 @@ class FilesSource(EncodedSource):
     def identity(self) -> str:
         # all names, and some contents: to read a million of them would take minutes
         names = (os.fsencode(name) + b"\n" for name in self._files)
-        chosen = np.arange(len(self))
-        if len(self) > _DIGESTED:
-            raw = np.random.Philox(np.random.SeedSequence(_DIGEST_STREAM)).random_raw(_DIGESTED)
-            chosen = np.unique(raw % np.uint64(len(self))).astype(int)
+        chosen = digested(len(self))
         with refused_by_system(f"cannot read the images in {self.directory}"):
             paths = map(self.path, chosen.tolist())
             contents = [digest([path.read_bytes()]).encode() for path in paths]

@@ -21,6 +21,7 @@ from mimicnorm_jax.errors import UserError, refused_by_system
 _TYPES: dict[int, np.dtype[Any]] = {8: np.dtype(np.uint8), 12: np.dtype(">i4")}
 _PREFIXES = {"train": "train", "test": "t10k"}  # of the published file names
 IMAGES = "-images-idx3-ubyte"
+_MOST_CLASSES = 10**4
 _LABELS = ("-labels-idx1-ubyte", "-labels-idx2-int")  # the second of QMNIST
 
 
@@ -103,6 +104,7 @@ def read_split(root: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     images_path = _find(root, prefix, (IMAGES,))
     labels_path = _find(root, prefix, _LABELS)
     images, labels = read_idx(images_path), read_idx(labels_path)
+    labels = labels.astype(np.int64)
     if labels.ndim == 2 and labels.shape[1]:  # QMNIST's have the class in the first column
         labels = labels[:, 0]
     if (
@@ -118,7 +120,9 @@ def read_split(root: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     if _is_emnist(prefix):
         images = images.swapaxes(1, 2)
         if "letters" in prefix:
-            labels = labels - 1  # a label of 0, which there is none, would be said
+            labels = labels - 1
+    if not 0 <= labels.min() <= labels.max() < _MOST_CLASSES:
+        raise UserError(f"{labels_path} has labels of {labels.min()} to {labels.max()}")
     return images, labels
 
 

@@ -42,7 +42,7 @@ def read_labels_file(data: ConfigDict) -> Table:
     """Reads ``config.data.labels_file``.
 
     Its columns are found by their names, such as ``path`` and ``label``, or else are the first
-    two. A path may lack its suffix.
+    two. A path may lack its suffix, or its folder.
 
     Raises:
       UserError: it cannot be read, is no such table, names an image that is not there, or one
@@ -54,24 +54,28 @@ def read_labels_file(data: ConfigDict) -> Table:
     with refused_by_system(f"{what} cannot be read"):
         try:
             with file.open(newline="", encoding="utf-8-sig") as opened:
-                header, *rows = csv.reader(opened)
+                first = opened.readline()
+                opened.seek(0)
+                header, *rows = csv.reader(opened, delimiter=_delimiter(first))
         except (ValueError, csv.Error) as error:  # empty, or no text
             raise UserError(f"{what} is no table: {first_line(error)}") from error
         images = listing.list_class(root).files
+    known = _names_of(images)
+    if len(header) == 2 and header[0].strip().removeprefix("./") in known:
+        header, rows = ["path", "label"], [header, *rows]  # no header, but an image
     paths, labels, splits = _columns(header, what)
-    known = {path: path for path in images}
-    for path in images:
-        known.setdefault(path.rpartition(".")[0], path)
     table = Table({}, {})
     missing = []
     for row in (row for row in rows if row):
         if len(row) <= max(paths, labels, splits or 0):
             raise UserError(f"{what} has a row of {len(row)} columns: {','.join(row)[:60]}")
         given = row[paths].strip().removeprefix("./")
-        if given not in known:
+        path = known.get(given)
+        if path is None:
             missing.append(given)
             continue
-        path = known[given]
+        if not row[labels].strip():
+            raise UserError(f"{what} has no label for {path}")
         if path in table.classes:
             raise UserError(f"{what} has {path} twice")
         table.classes[path] = row[labels].strip()
@@ -79,10 +83,29 @@ def read_labels_file(data: ConfigDict) -> Table:
             table.splits[path] = row[splits].strip()
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{what} names images that are not in {root}: {missing[0]}{more}")
+        raise UserError(
+            f"{what} names images that are not in {root}, or not clearly: {missing[0]}{more}"
+        )
     if len(set(table.classes.values())) < 2:
         raise UserError(f"{what} has fewer than two classes in column {header[labels]!r}")
     return table
+
+
+def _delimiter(first_line: str) -> str:
+    return next((each for each in ",;\t" if each in first_line), ",")
+
+
+def _names_of(images: list[str]) -> dict[str, str | None]:
+    """What a table may call an image: its path, with or without suffix, or its name if no other's.
+
+    None stands for what several images are called.
+    """
+    known: dict[str, str | None] = {path: path for path in images}
+    for path in images:
+        name = path.rpartition("/")[2]
+        for short in {path.rpartition(".")[0], name, name.rpartition(".")[0]} - {path}:
+            known[short] = None if short in known else path
+    return known
 
 
 def _columns(header: list[str], what: str) -> tuple[int, int, int | None]:

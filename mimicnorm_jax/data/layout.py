@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import pathlib
+import re
+import sys
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from mimicnorm_jax.data import listing
 from mimicnorm_jax.data.annotations import find_annotations
-from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.errors import UserError, refused_by_system, unknown
 
 _TRAINING = ("train", "training")
 _TESTS = ("test", "testing")
 _VALIDATION = ("val", "valid", "validation")
+HELD_OUT = " --config.data.test_split= --config.data.holdout=0.1"
 USUAL_SPLITS = (*_TRAINING, *_TESTS, *_VALIDATION)
+
+
+_IMPORT = (
+    "copy them into a build: python -m mimicnorm_jax.tools.prepare_data import {dir} --data-dir "
+    "data --name NAME"
+)
+_OTHER_FORMATS = (  # of a folder without class folders, or the folder in it
+    ("**/*.parquet", f"parquet files, of which no image can be read alone; {_IMPORT}"),
+    ("**/*.tar", "tar files; if they are WebDataset's: --config.data.name=webdataset"),
+    ("data_batch_1*", f"CIFAR-10's files; {_IMPORT}"),
+    ("train.bin", f"CIFAR-100's files; {_IMPORT}"),
+    ("meta", f"CIFAR-100's files; {_IMPORT}"),
+    ("*_32x32.mat", f"SVHN's files; {_IMPORT}"),
+    ("train_X.bin", f"STL-10's files; {_IMPORT}"),
+    ("*-images-idx3-ubyte*", "files in MNIST's format: --config.data.name=idx"),
+)
 
 
 class Layout(NamedTuple):
@@ -66,20 +86,63 @@ def find_layout(data: ConfigDict) -> Layout:
     return Layout(train, test, _said(root, data, train, test))
 
 
+def split_of(names: Sequence[str], *, whole: bool = False) -> str | None:
+    """The split that names of files and folders tell, or None.
+
+    ``training`` is ``train``, ``testing`` is ``test``, in small letters.
+
+    Args:
+      names: the last counts first.
+      whole: a name is that of the split, or has it as a word, as ``birds-train-0001`` has.
+    """
+    for name in reversed(names):
+        words = [name] if whole else re.split("[^a-zA-Z]+", name)
+        for word in map(str.lower, words):
+            if word in USUAL_SPLITS:
+                return {"training": "train", "testing": "test"}.get(word, word)
+    return None
+
+
+def chosen_split(data: ConfigDict, part: str, there: Collection[str], where: str) -> str:
+    """Which of some splits is that of ``"train"`` or ``"test"``: its own, or another usual name.
+
+    Raises:
+      UserError: there is none.
+    """
+    wanted = data[f"{part}_split"]
+    name = next((n for n in (wanted, *other_names(wanted)) if n in there), None)
+    if name is None:
+        hint = f"; to test on a tenth of each training class:{HELD_OUT}" if part == "test" else ""
+        raise UserError(f"{unknown(f'split of {where}', wanted, there)}{hint}")
+    if name != wanted:
+        print(f"NOTE: in {where}, {name} for {wanted}", file=sys.stderr)
+    return name
+
+
 def splits_in(root: pathlib.Path) -> dict[str, pathlib.Path]:
     """The folders of all splits in a folder, by the usual names; or itself as ``train``.
 
     Empty where there are neither splits nor classes.
 
     Raises:
+      UserError: its folders are neither, but data sets, or splits by other names.
       OSError: the system refuses.
     """
+    folders = listing.folders_in(root)
     found = {
-        folder.name: folder
-        for folder in listing.folders_in(root)
-        if folder.name.lower() in USUAL_SPLITS and _is_split(root, folder)
+        split: folder
+        for folder in folders
+        if (split := split_of([folder.name], whole=True)) and _is_split(root, folder)
     }
-    return found or ({"train": root} if _has_classes(root) else {})
+    if found or not _has_classes(root):
+        return found
+    if all(split_of([folder.name]) for folder in folders):
+        names = ", ".join(folder.name for folder in folders)
+        raise UserError(f"{root} has {names}: rename them to train and test")
+    if inner := [folder for folder in folders if _split(folder, "train") is not None]:
+        raise UserError(f"{root} has several data sets; take one: {inner[0]}")
+    print(f"NOTE: {root} has no splits: its folders are taken as classes", file=sys.stderr)
+    return {"train": root}
 
 
 def annotations_of(folder: pathlib.Path) -> pathlib.Path | None:
@@ -141,6 +204,11 @@ def _without_splits(root: pathlib.Path, data: ConfigDict) -> Layout:
             f"--config.data.dir={inner[0]}"
         )
     only = listing.folders_in(root)
+    if len(only) == 1 and (tables := sorted(root.glob("*.csv"))):
+        raise UserError(
+            f"config.data.dir = {data.dir!r} has the images of one folder, {only[0].name}; if "
+            f"{tables[0].name} has their classes: --config.data.labels_file={tables[0].name}"
+        )
     if len(only) == 1 and len(listing.folders_in(only[0])) > 1:
         raise UserError(
             f"config.data.dir = {data.dir!r} has one folder, {only[0].name}; if that has the "
@@ -157,17 +225,9 @@ def _without_splits(root: pathlib.Path, data: ConfigDict) -> Layout:
 
 
 def _nothing_found(root: pathlib.Path, data: ConfigDict) -> str:
-    if any(root.glob("**/*.parquet")):
-        return (
-            f"config.data.dir = {data.dir!r} has parquet files, of which no image can be read "
-            "alone; copy them into a build: python -m mimicnorm_jax.tools.prepare_data import "
-            f"{data.dir} --data-dir data --name NAME"
-        )
-    if any(root.glob("**/*.tar")):
-        return (
-            f"config.data.dir = {data.dir!r} has tar files; if they are WebDataset's: "
-            "--config.data.name=webdataset"
-        )
+    for pattern, what in _OTHER_FORMATS:
+        if any(root.glob(pattern)) or any(root.glob(f"*/{pattern}")):
+            return f"config.data.dir = {data.dir!r} has {what.format(dir=data.dir)}"
     there = [folder.name for folder in listing.folders_in(root)]
     found = f"it has {', '.join(there[:5])}" if there else "it has no folders"
     return (

@@ -21,6 +21,9 @@ from mimicnorm_jax.data.pillow import WHITE, Colour
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.progress_bar import progress_bar
 
+_DIGESTED = 1000
+_DIGEST_STREAM = 0x1D  # tells these random numbers from others
+
 
 class Source(Protocol):
     """A split of a data set.
@@ -111,6 +114,14 @@ def digest(parts: Iterable[bytes | np.ndarray]) -> str:
     for part in parts:
         sha.update(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
     return sha.hexdigest()
+
+
+def digested(count: int) -> np.ndarray:
+    """Which of so many files, or parts of files, an identity has the contents of: at most 1,000."""
+    if count <= _DIGESTED:
+        return np.arange(count)
+    raw = np.random.Philox(np.random.SeedSequence(_DIGEST_STREAM)).random_raw(_DIGESTED)
+    return np.unique(raw % np.uint64(count)).astype(int)
 
 
 @dataclasses.dataclass(frozen=True)

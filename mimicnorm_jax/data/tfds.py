@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from mimicnorm_jax.data.layout import chosen_split
 from mimicnorm_jax.data.sources import EncodedSource, View, digest
 from mimicnorm_jax.errors import UserError, first_line, refused_by_system, unknown
 
@@ -293,4 +294,10 @@ def open_tfds(data: ConfigDict, parts: Sequence[str]) -> list[TFDSSource]:
         )
     builder = open_build(build_directory(data.dir, data.tfds_name))
     view = View.of(data)
-    return [TFDSSource(builder, data[f"{part}_split"], view) for part in parts]
+    found = []
+    for part in parts:
+        split = data[f"{part}_split"]
+        if re.fullmatch(r"\w+", split):  # not a part, such as train[:10%]
+            split = chosen_split(data, part, builder.info.splits, str(builder.data_path))
+        found.append(TFDSSource(builder, split, view))
+    return found

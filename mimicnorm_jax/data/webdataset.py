@@ -2,75 +2,25 @@
 
 from __future__ import annotations
 
-import collections
 import functools
-import json
 import os
 import pathlib
-import re
 import sys
-import tarfile
-import time
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from mimicnorm_jax import kept
-from mimicnorm_jax.data.layout import USUAL_SPLITS, other_names
-from mimicnorm_jax.data.listing import IMAGE_SUFFIXES, said_of
-from mimicnorm_jax.data.sources import EncodedSource, View, by_class_and_name, digest
-from mimicnorm_jax.errors import UserError, first_line, refused_by_system, unknown
-from mimicnorm_jax.progress_bar import progress_bar
+from mimicnorm_jax.data.layout import chosen_split, split_of
+from mimicnorm_jax.data.listing import said_of
+from mimicnorm_jax.data.sources import EncodedSource, View, by_class_and_name, digest, digested
+from mimicnorm_jax.data.tar_index import Sample, index_tars, tars_in
+from mimicnorm_jax.errors import UserError, refused_by_system
 
 CLASSES = "classes.txt"
 LABEL_FIELD = "label"
-_DIGESTED = 100
-_MOST_OF_A_LABEL = 2**20  # bytes
-
-
-class Sample(NamedTuple):
-    """An image in a tar file.
-
-    Attributes:
-      split: that it belongs to.
-      label: the number or the name of its class.
-      name: its path in the tar file.
-      file: the number of the tar file.
-      offset: where its bytes begin.
-      size: how many they are.
-    """
-
-    split: str
-    label: int | str
-    name: str
-    file: int
-    offset: int
-    size: int
-
-
-class _Contents(NamedTuple):
-    """The images of a tar file, and how many other files it has of each kind."""
-
-    samples: list[Sample]
-    left_out: collections.Counter[str]
-
-
-def tars_in(place: pathlib.Path) -> list[pathlib.Path]:
-    """The tar files in a folder and in those in it, sorted; or the one that is given.
-
-    Raises:
-      UserError: they are compressed, so that nothing in them can be found without reading all.
-      OSError: the system refuses.
-    """
-    candidates = [place] if place.is_file() else sorted(place.glob("**/*.tar"))
-    found = [path for path in candidates if path.is_file()]  # a pipe would be waited for
-    if not found:
-        packed = [*sorted(place.glob("**/*.tar.*")), *sorted(place.glob("**/*.tgz"))]
-        if packed:
-            raise UserError(f"{packed[0]} is compressed; unpack it to a .tar, or the images in it")
-    return found
+_SECRET = -1  # in the place of a label, as test images are published
 
 
 class TarSource(EncodedSource):
@@ -120,9 +70,9 @@ class TarSource(EncodedSource):
 
     @functools.cached_property
     def identity(self) -> str:
-        chosen = np.linspace(0, len(self) - 1, min(_DIGESTED, len(self))).astype(int)
         told = [os.fsencode(name) + b"\n" for name in (*self._names, *self.class_names)]
-        contents = [self.read(index)[0] for index in chosen.tolist()]
+        with refused_by_system(f"cannot read {self._tars[0]} and its like"):
+            contents = [self.read(index)[0] for index in digested(len(self)).tolist()]
         return digest([*told, self.labels.astype("<i4"), self._places[:, 2].copy(), *contents])
 
 
@@ -133,23 +83,18 @@ def open_tars(data: ConfigDict, parts: Sequence[str]) -> list[TarSource]:
         if not root.exists():
             raise UserError(f"config.data.dir = {data.dir!r} does not exist")
         splits = read_tars(root, View.of(data))
-    found = []
-    for part in parts:
-        wanted = data[f"{part}_split"]
-        name = next((n for n in (wanted, *other_names(wanted)) if n in splits), None)
-        if name is None:
-            raise unknown(f"split of {root}", wanted, splits)
-        if name != wanted:
-            print(f"NOTE: in {root}, {name} for {wanted}", file=sys.stderr)
-        found.append(splits[name])
+    found = [splits[chosen_split(data, part, splits, str(root))] for part in parts]
+    if "train" in parts and len(found[0].class_names) == 1:
+        raise UserError(f"{root} has a single class, {found[0].class_names[0]}: nothing to learn")
     return found
 
 
 def read_tars(place: pathlib.Path, view: View, field: str = LABEL_FIELD) -> dict[str, TarSource]:
     """All splits of a folder of tar files, in the order of classes and names.
 
-    The classes are those of ``cls`` or ``json`` beside an image, or the folder in the tar file that
-    an image is in. The names of numbers are the lines of ``classes.txt`` where that is there.
+    The classes are those of ``cls`` or ``json`` beside an image; where no tar file has these, the
+    folders in the tar files that the images are in. The names of numbers are the lines of
+    ``classes.txt`` where that is there.
 
     Args:
       place: the folder, or a tar file.
@@ -163,144 +108,97 @@ def read_tars(place: pathlib.Path, view: View, field: str = LABEL_FIELD) -> dict
     tars = tars_in(place)
     if not tars:
         raise UserError(f"{place} has no .tar files")
-    samples: list[Sample] = []
-    left_out: collections.Counter[str] = collections.Counter()
-    for number, path in enumerate(progress_bar(tars, "indexing", len(tars), unit="file")):
-        contents = _contents_of(path, field)
-        samples += (sample._replace(file=number) for sample in contents.samples)
-        left_out += contents.left_out
-    if said := said_of(left_out):
+    index = index_tars(tars, field)
+    if said := said_of(index.left_out):
         print(f"NOTE: left out in the tar files of {place}: {said}", file=sys.stderr)
-    if not samples:
+    if not index.samples:
         raise UserError(f"the tar files of {place} have no images")
-    class_names, labels = _classes(samples, place)
+    splits = _splits(index.samples, tars, place)
+    labels_told = [sample.label for sample in index.samples]
+    if all(label is None for label in labels_told):
+        if index.fields is not None:
+            there = f"; there are {', '.join(index.fields)}" if index.fields else ""
+            raise UserError(f"no .json in {place} has a label in {field!r}{there}")
+        labels_told = list(_folders(index.samples, splits))
+    for sample, label in zip(index.samples, labels_told, strict=True):
+        if label is None or label == "":
+            where = tars[sample.file]
+            raise UserError(
+                f"{where}: {sample.name} has no class: no .cls, no {field!r} in its .json, and no "
+                "folder, or others have labels"
+            )
+    return _sources(tars, index.samples, labels_told, splits, place, view)
+
+
+def _sources(
+    tars: Sequence[pathlib.Path],
+    samples: Sequence[Sample],
+    told: Sequence[Any],
+    splits: Sequence[str],
+    place: pathlib.Path,
+    view: View,
+) -> dict[str, TarSource]:
+    of_split: dict[str, list[int]] = {}
+    for number, split in enumerate(splits):
+        of_split.setdefault(split, []).append(number)
+    for split in sorted(of_split):
+        if all(told[number] == _SECRET for number in of_split[split]):
+            print(f"NOTE: split {split} has no labels: left out", file=sys.stderr)
+            del of_split[split]
+    if not of_split:
+        return {}
+    class_names, labels = _classes({told[n] for every in of_split.values() for n in every}, place)
     found = {}
-    for split in sorted({sample.split for sample in samples}):
-        chosen = sorted(
-            (index for index, sample in enumerate(samples) if sample.split == split),
-            key=lambda index: by_class_and_name(int(labels[index]), samples[index].name),
-        )
-        found[split] = TarSource(
-            tars, [samples[index] for index in chosen], labels[chosen], class_names, view
-        )
+    for split, members in sorted(of_split.items()):
+        members.sort(key=lambda n: by_class_and_name(labels[told[n]], samples[n].name))
+        chosen = np.array([labels[told[n]] for n in members], np.int32)
+        found[split] = TarSource(tars, [samples[n] for n in members], chosen, class_names, view)
     return found
 
 
-def _contents_of(path: pathlib.Path, field: str) -> _Contents:
-    what = f"images of {path.absolute()} by {field}"
-    found, began = kept.recall(what), time.time()
-    if found is None:
-        found = _read_headers(path, field)
-        kept.keep(what, found, began=began, depends_on=[path])
-    samples, left_out = found
-    return _Contents([Sample(*entry) for entry in samples], collections.Counter(left_out))
+def _splits(
+    samples: Sequence[Sample], tars: Sequence[pathlib.Path], place: pathlib.Path
+) -> list[str]:
+    """The split of each sample, by the folders in its tar file, or by the names of that."""
+    root = place if place.is_dir() else place.parent
+    of_tars = [split_of([*path.relative_to(root).parts[:-1], path.stem]) for path in tars]
+    found = []
+    for sample in samples:
+        folders = [part for part in sample.name.split("/")[:-1] if part != "."]
+        inner = next((split for part in folders if (split := split_of([part], whole=True))), None)
+        found.append(inner or of_tars[sample.file])
+    if None in found and any(found):
+        without = tars[samples[found.index(None)].file]
+        raise UserError(f"{without} tells no split, and other tar files do: rename or move it")
+    return [split or "train" for split in found]
 
 
-def _read_headers(path: pathlib.Path, field: str) -> _Contents:
-    images: list[tuple[str, tarfile.TarInfo]] = []
-    told: dict[str, int | str] = {}
-    left_out: collections.Counter[str] = collections.Counter()
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in _regular(tar):
-                key, suffix = _key_and_suffix(member.name)
-                if suffix in IMAGE_SUFFIXES:
-                    images.append((key, member))
-                elif suffix in (".cls", ".json"):
-                    label = _label(tar, member, suffix, field)
-                    if label is not None and (suffix == ".cls" or key not in told):
-                        told[key] = label
-                else:
-                    left_out[suffix or "no suffix"] += 1
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {first_line(error)}") from error
-    if inner := left_out[".tar"]:
-        raise UserError(
-            f"{path} has {inner} tar files in it; if it is ImageNet's own: python -m "
-            f"mimicnorm_jax.tools.prepare_data imagenet2012 --manual-dir {path.parent}"
-        )
-    return _Contents(list(_samples(path, images, told, field)), left_out)
+def _folders(samples: Sequence[Sample], splits: Sequence[str]) -> list[str]:
+    """The class of each sample: the first folder below its split's, or below what all share."""
+    below = []
+    for sample, split in zip(samples, splits, strict=True):
+        folders = [part for part in sample.name.split("/")[:-1] if part != "."]
+        told = [split_of([part], whole=True) for part in folders]
+        below.append(folders[told.index(split) + 1 :] if split in told else folders)
+    shared = 0
+    while all(folders[: shared + 1] == below[0][: shared + 1] != [] for folders in below):
+        if shared >= len(below[0]):
+            break
+        shared += 1
+    return [(folders[shared:] or [""])[0] for folders in below]
 
 
-def _samples(
-    path: pathlib.Path,
-    images: Sequence[tuple[str, tarfile.TarInfo]],
-    told: dict[str, int | str],
-    field: str,
-) -> Iterator[Sample]:
-    keys = collections.Counter(key for key, _ in images)
-    for key, member in images:
-        split, folder = _folders(path, member.name)
-        if told and keys[key] > 1:
-            raise UserError(f"{path} has {keys[key]} images of {key}: it is not clear which")
-        label = told.get(key) if told else folder
-        if label is None or label == "":
-            raise UserError(
-                f"{path}: {member.name} has no class: no .cls, no {field!r} in its .json, and no "
-                "folder"
-            )
-        yield Sample(split, label, member.name, 0, member.offset_data, member.size)
-
-
-def _regular(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    for member in tar:
-        name = member.name.rpartition("/")[2]
-        if member.isreg() and not member.issparse() and not name.startswith((".", "__")):
-            yield member
-
-
-def _key_and_suffix(name: str) -> tuple[str, str]:
-    """What the files of a sample have in common, and what kind of file one is.
-
-    WebDataset cuts at the first dot of a file's name, and takes all behind it for the kind: a
-    ``cat.v2.jpg`` is of the sample ``cat``. An image is one whatever else is before its suffix.
-    """
-    folder, slash, last = name.rpartition("/")
-    return folder + slash + last.partition(".")[0], pathlib.PurePosixPath(last).suffix.lower()
-
-
-def _label(
-    tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, field: str
-) -> int | str | None:
-    if member.size > _MOST_OF_A_LABEL:
-        raise ValueError(f"{member.name} has {member.size} bytes, which is no label")
-    opened = tar.extractfile(member)
-    assert opened is not None  # of a regular file
-    text = opened.read().decode()
-    if suffix == ".cls":
-        text = text.strip()
-        return int(text) if re.fullmatch(r"\d+", text) else text
-    described = json.loads(text)
-    label = described.get(field) if isinstance(described, dict) else None
-    return label if isinstance(label, int | str) else None
-
-
-def _folders(path: pathlib.Path, name: str) -> tuple[str, str]:
-    """The split and the class that the folders in a tar file, or else its own name, tell."""
-    *above, _ = name.removeprefix("./").split("/")
-    split = next((part for part in above if part.lower() in USUAL_SPLITS), None)
-    if split is None:
-        words = [word for word in re.split("[^a-zA-Z]+", path.stem) if word]
-        names = [word for word in (*words, path.parent.name) if word.lower() in USUAL_SPLITS]
-        split = names[0] if names else "train"
-    folder = above[-1] if above else ""
-    return split, "" if folder == split else folder
-
-
-def _classes(samples: Sequence[Sample], place: pathlib.Path) -> tuple[list[str], np.ndarray]:
-    """Names of the classes, and the label of each sample."""
-    kinds = {type(sample.label) for sample in samples}
-    if len(kinds) > 1:
+def _classes(told: set[Any], place: pathlib.Path) -> tuple[list[str], Mapping[Any, int]]:
+    """Names of the classes, and the number of each label."""
+    if all(isinstance(label, str) for label in told):
+        names = sorted(told)
+        return names, {name: number for number, name in enumerate(names)}
+    if any(isinstance(label, str) for label in told):
         raise UserError(f"the classes in {place} are numbers for some images and names for others")
-    if str in kinds:
-        names = sorted({str(sample.label) for sample in samples})
-        numbers: dict[Any, int] = {name: number for number, name in enumerate(names)}
-        return names, np.array([numbers[sample.label] for sample in samples], np.int32)
-    labels = np.array([sample.label for sample in samples], np.int64)
-    if labels.min() < 0:
-        raise UserError(f"a label in {place} is {labels.min()}")
-    names = _names(place if place.is_dir() else place.parent, int(labels.max()) + 1)
-    return names, labels.astype(np.int32)
+    if min(told) < 0:
+        raise UserError(f"a label in {place} is {min(told)}")
+    names = _names(place if place.is_dir() else place.parent, max(told) + 1)
+    return names, {number: number for number in range(len(names))}
 
 
 def _names(folder: pathlib.Path, count: int) -> list[str]:
@@ -309,7 +207,11 @@ def _names(folder: pathlib.Path, count: int) -> list[str]:
         if count > 10**6:
             raise UserError(f"a label in {folder} is {count - 1}; that many classes there are not")
         return [f"{number:0{len(str(count - 1))}}" for number in range(count)]
-    names = [line.strip() for line in listed.read_text().splitlines() if line.strip()]
+    try:
+        lines = listed.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{listed} is no text in UTF-8") from error
+    names = [line.strip() for line in lines if line.strip()]
     if len(names) < count or len(set(names)) < len(names):
         raise UserError(
             f"{listed} has {len(set(names))} different names; the labels go to {count - 1}"

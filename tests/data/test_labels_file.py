@@ -96,3 +96,33 @@ def test_a_table_that_is_none(tmp_path):
             opened(tmp_path, labels_file="labels.csv", holdout=0.34)
     with pytest.raises(UserError, match="cannot be read: No such file"):
         opened(tmp_path, labels_file="others.csv", holdout=0.34)
+
+
+def test_a_table_without_a_header_loses_no_row(tmp_path):
+    write_table(tmp_path, ROWS[1:], ",".join(ROWS[0]))
+    train, _ = opened(tmp_path, labels_file="labels.csv", holdout=0.34)
+    assert train.labels.tolist() == [0, 1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_other_delimiters(tmp_path, delimiter):
+    write_table(tmp_path, ROWS)
+    path = tmp_path / "labels.csv"
+    path.write_text(path.read_text().replace(",", delimiter))
+    train, _ = opened(tmp_path, labels_file="labels.csv", holdout=0.34)
+    assert train.labels.tolist() == [0, 1, 0, 1, 0, 1]
+
+
+def test_names_without_folders_as_kaggles_tables_have_them(tmp_path):
+    write_table(tmp_path, [(path[7:-4], name) for path, name in ROWS], "id,breed")
+    train, _ = opened(tmp_path, labels_file="labels.csv", holdout=0.34)
+    assert train.labels.tolist() == [0, 1, 0, 1, 0, 1]
+    write(tmp_path / "others" / "1.png")
+    with pytest.raises(UserError, match=r"that are not in .*, or not clearly: 1"):
+        opened(tmp_path, labels_file="labels.csv", holdout=0.34)
+
+
+def test_an_empty_label_is_no_class(tmp_path):
+    write_table(tmp_path, [*ROWS[:3], (ROWS[3][0], " "), *ROWS[4:]])
+    with pytest.raises(UserError, match=r"has no label for images/3\.png"):
+        opened(tmp_path, labels_file="labels.csv", holdout=0.34)

@@ -209,11 +209,11 @@ def test_training_images_in_the_test_split_are_warned_of(cache_gib, tmp_path, ca
     opened(tmp_path, cache_gib=cache_gib)
     assert "WARNING: 3 of 40 test images" in capsys.readouterr().err
     opened(tmp_path, cache_gib=cache_gib, test_split="train")
-    assert "WARNING: every one of 40 test images" in capsys.readouterr().err
+    assert "WARNING: all 40 test images" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "test")
     shutil.copytree(tmp_path / "train", tmp_path / "test")
     opened(tmp_path, cache_gib=cache_gib)
-    assert "WARNING: every one of 40 test images" in capsys.readouterr().err
+    assert "WARNING: all 40 test images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -221,6 +221,10 @@ def test_training_images_in_the_test_split_are_warned_of(cache_gib, tmp_path, ca
     [
         ("train-00000-of-00001.parquet", r"prepare_data import .* --data-dir data --name NAME"),
         ("train-000.tar", "--config.data.name=webdataset"),
+        ("data_batch_1", r"has CIFAR-10's files; .* import .* --data-dir data --name NAME"),
+        ("train_32x32.mat", "has SVHN's files; .* import"),
+        ("train_X.bin", "has STL-10's files; .* import"),
+        ("train-images-idx3-ubyte.gz", "--config.data.name=idx"),
     ],
 )
 def test_other_formats_are_pointed_at_what_reads_them(tmp_path, name, hint):
@@ -228,3 +232,11 @@ def test_other_formats_are_pointed_at_what_reads_them(tmp_path, name, hint):
     (tmp_path / "data" / name).write_bytes(b"")
     with pytest.raises(UserError, match=hint):
         opened(tmp_path)
+
+
+def test_a_table_beside_one_folder_of_images_is_pointed_at(tmp_path):
+    for index in range(2):
+        write(tmp_path / "images" / f"{index}.png")
+    (tmp_path / "labels.csv").write_text("id,breed\n0,pug\n1,boxer\n")
+    with pytest.raises(UserError, match=r"--config\.data\.labels_file=labels\.csv"):
+        opened(tmp_path, holdout=0.5)

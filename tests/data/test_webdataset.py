@@ -6,7 +6,7 @@ import pytest
 
 from mimicnorm_jax import kept
 from mimicnorm_jax.config import default_config, validate
-from mimicnorm_jax.data import webdataset
+from mimicnorm_jax.data import tar_index
 from mimicnorm_jax.data.sources import View
 from mimicnorm_jax.data.splits import open_splits
 from mimicnorm_jax.data.webdataset import read_tars
@@ -143,11 +143,11 @@ def test_an_index_is_kept_while_the_file_stays_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(kept, "_FRESH", -1e6)
     root = sources.write_tars(tmp_path / "tars")
     found = read_tars(root, VIEW)["train"]
-    read_headers = webdataset._read_headers
-    monkeypatch.setattr(webdataset, "_read_headers", None)
+    read_headers = tar_index._read_headers
+    monkeypatch.setattr(tar_index, "_read_headers", None)
     again = read_tars(root, VIEW)["train"]
     assert again.identity == found.identity and again.read(5) == found.read(5)
-    monkeypatch.setattr(webdataset, "_read_headers", read_headers)
+    monkeypatch.setattr(tar_index, "_read_headers", read_headers)
     path = root / "bugs-train-000.tar"
     sources.write_tar(path, [("new.png", ONE), ("new.cls", b"2")])
     assert len(read_tars(root, VIEW)["train"]) == 7

@@ -42,6 +42,32 @@ def test_anything_else_is_refused(tmp_path, value, message):
         read_pickle(tmp_path / "batch")
 
 
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        (b"(ios\nsystem\n.", "the instruction INST, which no batch of CIFAR has"),
+        (b"N" * 100_000 + b"(l" * 100_000 + b".", "is damaged: it is no dictionary"),
+        (b"t.", "is damaged"),
+        (b"", "is damaged"),
+    ],
+)
+def test_other_programs(tmp_path, program, message):
+    (tmp_path / "batch").write_bytes(program)
+    with pytest.raises(UserError, match=message):
+        read_pickle(tmp_path / "batch")
+
+
+@pytest.mark.parametrize("labels", [[], [10**30], [True], [0.5], [-1], [11]])
+def test_labels_that_are_none(tmp_path, labels):
+    raw = sources.write_cifar10(tmp_path / "raw", is_binary=False)
+    batch = {"labels": labels, "data": np.zeros((len(labels), 3072), np.uint8)}
+    (raw / "test_batch").write_bytes(pickle.dumps(batch, protocol=2))
+    with pytest.raises(
+        UserError, match=r"test_batch is no batch of CIFAR|which no batch|labels go to 11"
+    ):
+        imported(raw, tmp_path)
+
+
 def test_nothing_of_it_is_called(tmp_path):
     called = []
     globals()["_seen"] = called.append

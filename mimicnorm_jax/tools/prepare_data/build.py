@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import pathlib
 import shutil
@@ -24,8 +23,17 @@ from mimicnorm_jax.data.tfds import (
 )
 from mimicnorm_jax.errors import UserError, first_line, refused_by_system
 from mimicnorm_jax.tools.prepare_data.check import DATA_SETS, check, check_import, missing_archives
+from mimicnorm_jax.tools.prepare_data.records import Found
 from mimicnorm_jax.tools.prepare_data.sources import find
-from mimicnorm_jax.tools.prepare_data.write import SPOOL, describe, draft_of, write
+from mimicnorm_jax.tools.prepare_data.write import (
+    SPOOL,
+    alone,
+    check_class_names,
+    describe,
+    draft_of,
+    read_description,
+    write,
+)
 
 
 def prepare(
@@ -91,16 +99,26 @@ def import_images(
             f"such as --name=my_{name}"
         )
     directory = data_dir / name
-    found = find(source, draft_of(directory) / SPOOL, label=label)
+    is_new = not directory.exists()
+    try:
+        found = find(source, draft_of(directory) / SPOOL, label=label)
+        check_class_names(next(iter(found.splits.values())).class_names)
+        with alone(directory):
+            return check_import(_written(found, source, directory))
+    finally:
+        if is_new and directory.is_dir() and not any(directory.glob("[!.]*")):
+            shutil.rmtree(directory)
+
+
+def _written(found: Found, source: pathlib.Path, directory: pathlib.Path) -> pathlib.Path:
     if not finished(directory):
-        return check_import(write(found, directory))
-    path = build_directory(data_dir, name)
-    record = path / IMPORT
-    if not record.is_file() or json.loads(record.read_text()) != describe(found):
+        return write(found, directory)
+    path = build_directory(directory.parent, directory.name)
+    if not (path / IMPORT).is_file() or read_description(path / IMPORT) != describe(found):
         raise UserError(
             f"{path} is there, and of other images than {source}: remove it, or give another --name"
         )
-    return check_import(path)
+    return path
 
 
 def _import_tfds() -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import shlex
 from typing import Any
 
 import numpy as np
 
+from mimicnorm_jax.data.layout import HELD_OUT
 from mimicnorm_jax.data.sources import View
 from mimicnorm_jax.data.tfds import (
     TFDSSource,
@@ -18,7 +20,6 @@ from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.tools.prepare_data.contact_sheet import CELL, draw_contact_sheet
 
 _DECODED = 64  # examples a split that are decoded by a check
-_HELD_OUT = " --config.data.test_split= --config.data.holdout=0.1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,14 +103,21 @@ def check_import(path: pathlib.Path) -> str:
         picture = path / f"images_{split}.png"
         draw_contact_sheet(source, picture)
         lines.append(f"    {picture}")
-    others = [split for split in builder.info.splits if split != "train"]
-    rest = f" --config.data.test_split={others[0]}" if others else _HELD_OUT
-    rest = "" if "test" in others else rest
-    lines.append(
-        "to train on it: python -m mimicnorm_jax.main --config CONFIG --config.data.name=tfds"
-        f" --config.data.tfds_name={builder.name} --config.data.dir={path.parent.parent}{rest}"
-    )
+    command = "python -m mimicnorm_jax.main --config CONFIG --config.data.name=tfds"
+    place = shlex.quote(str(path.parent.parent))
+    fields = f"--config.data.tfds_name={builder.name} --config.data.dir={place}"
+    lines.append(f"to train on it: {command} {fields}{_of_splits(list(builder.info.splits))}")
     return "\n".join(lines)
+
+
+def _of_splits(splits: list[str]) -> str:
+    """The fields that choose them, where they are not the default."""
+    train = "train" if "train" in splits else splits[0]
+    others = [split for split in splits if split != train]
+    chosen = "" if train == "train" else f" --config.data.train_split={train}"
+    if not others:
+        return chosen + HELD_OUT
+    return chosen if "test" in others else f"{chosen} --config.data.test_split={others[0]}"
 
 
 def _checked(builder: Any, split: str, source: TFDSSource, counted: str) -> str:

@@ -67,7 +67,7 @@ def read_cifar(folder: pathlib.Path, label: str) -> dict[str, Records]:
         read = _binary if is_binary else _pickled
         parts = [read(folder / name, is_100, kind) for name in files]
         pixels, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-        if labels.min() < 0 or labels.max() >= len(names):
+        if labels.max() >= len(names):
             raise UserError(f"{folder}: labels go to {labels.max()}; there are {len(names)} names")
         images = pixels.reshape(-1, *_SHAPE).transpose(0, 2, 3, 1)
         found[split] = Pixels(images, labels, names)
@@ -107,14 +107,11 @@ def _pickled(path: pathlib.Path, is_100: bool, kind: str) -> tuple[np.ndarray, n
         not isinstance(pixels, np.ndarray)
         or not isinstance(labels, list)
         or pixels.shape != (len(labels), _PIXELS)
-        or not all(type(value) is int for value in labels)
+        or not labels
+        or not all(type(value) is int and 0 <= value < 100 for value in labels)
     ):
         raise UserError(f"{path} is no batch of CIFAR")
     return pixels, np.array(labels, np.int64)
-
-
-class _Mark:
-    """Where on the stack a list or a tuple begins; also what stands for nothing yet."""
 
 
 class _Made:
@@ -125,6 +122,13 @@ class _Made:
         self.filled: Any = None
 
 
+_PUSHED = frozenset(
+    {
+        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+        *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE"),
+        *("BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+    }
+)
 _ARRAY = ("numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct")
 _GLOBALS = (*_ARRAY, "numpy ndarray", "numpy dtype", "_codecs encode")
 
@@ -151,17 +155,15 @@ def read_pickle(path: pathlib.Path) -> dict[str, Any]:
 
 def _follow(program: bytes) -> Any:
     stack: list[Any] = []
+    marks: list[int] = []  # where on the stack lists and tuples begin
     memo: dict[int, Any] = {}
 
     def since_mark() -> list[Any]:
-        at = max(index for index, value in enumerate(stack) if value is _Mark)
-        values = stack[at + 1 :]
-        del stack[at:]
-        return values
+        return last(len(stack) - marks.pop())
 
     def last(count: int) -> list[Any]:
-        values = stack[-count:]
-        del stack[-count:]
+        values = stack[len(stack) - count :]
+        del stack[len(stack) - count :]
         return values
 
     def set_items(values: Sequence[Any]) -> None:
@@ -176,7 +178,7 @@ def _follow(program: bytes) -> Any:
         stack.append(_Made(stack.pop(), arguments))
 
     changes: dict[str, Callable[[], Any]] = {
-        "MARK": lambda: stack.append(_Mark),
+        "MARK": lambda: marks.append(len(stack)),
         "NONE": lambda: stack.append(None),
         "NEWTRUE": lambda: stack.append(True),
         "NEWFALSE": lambda: stack.append(False),
@@ -213,7 +215,7 @@ def _follow(program: bytes) -> Any:
             memo[int(argument or 0)] = stack[-1]
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(memo[int(argument or 0)])
-        elif isinstance(argument, int | float | str | bytes | bytearray):
+        elif name in _PUSHED:
             stack.append(argument)
         else:
             raise UserError(f"it has the instruction {name}, which no batch of CIFAR has")

@@ -10,7 +10,6 @@ import contextlib
 import functools
 import json
 import pathlib
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,13 +18,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mimicnorm_jax.data.layout import USUAL_SPLITS
+from mimicnorm_jax.data.layout import split_of
 from mimicnorm_jax.data.sources import digest
 from mimicnorm_jax.errors import UserError, first_line, unknown
 from mimicnorm_jax.progress_bar import progress_bar
 from mimicnorm_jax.tools.prepare_data.records import Records
 
 _ROWS = 64  # that are in memory at a time
+_PART, _PARTS = 2**14, 256  # bytes of a file that its identity has, and how often
 _SECRET = -1  # in the place of a label, as test images are published
 _MOST_CLASSES = 10**6
 _LABELS = ("label", "labels", "fine_label", "class", "target")
@@ -36,6 +36,7 @@ class _Columns(NamedTuple):
 
     image: str
     is_struct: bool
+    has_path: bool
     label: str
     class_names: list[str]
 
@@ -75,16 +76,16 @@ class ParquetRecords:
 
     @functools.cached_property
     def identity(self) -> str:
-        sizes = [f"{path.name} {path.stat().st_size}\n".encode() for path in self._files]
         names = [name.encode() + b"\n" for name in self.class_names]
-        return digest([*sizes, *names, self.labels])
+        return digest([*map(_sampled, self._files), *names, self.labels])
 
     @functools.cached_property
     def _names(self) -> list[str]:
         names: list[Any] = [None] * len(self)
-        if self._columns.is_struct:
+        if self._columns.has_path:
             column = f"{self._columns.image}.path"
-            names = [row["path"] for path in self._files for row in _column(path, column)]
+            rows = (row for path in self._files for row in _column(path, column))
+            names = [None if row is None else row["path"] for row in rows]
         return [name or f"{index:08}" for index, name in enumerate(names)]
 
     def name(self, index: int) -> str:
@@ -111,10 +112,10 @@ class ParquetRecords:
         """The plain files, and where in them the images are; made by the first that reads."""
         self._spool.mkdir(parents=True, exist_ok=True)
         shown = progress_bar(self._files, "unpacking parquet", len(self._files), unit="file")
-        return [self._copy(path) for path in shown]
+        return [self._copy(path, number) for number, path in enumerate(shown)]
 
-    def _copy(self, path: pathlib.Path) -> tuple[pathlib.Path, list[int]]:
-        target = self._spool / f"{path.parent.name}-{path.name}.images"
+    def _copy(self, path: pathlib.Path, number: int) -> tuple[pathlib.Path, list[int]]:
+        target = self._spool / f"{number:05}.images"
         offsets_file = target.with_suffix(".json")
         if offsets_file.is_file():  # it comes last, so the other is complete
             return target, json.loads(offsets_file.read_text())
@@ -154,7 +155,7 @@ def read_parquet(place: pathlib.Path, spool: pathlib.Path, label: str) -> dict[s
     candidates = [place] if place.is_file() else sorted(place.glob("**/*.parquet"))
     files = [path for path in candidates if path.is_file()]  # a pipe would be waited for
     found: dict[str, tuple[list[pathlib.Path], _Columns, list[Any]]] = {}
-    for split, of_split in _by_split(files).items():
+    for split, of_split in _by_split(files, place if place.is_dir() else place.parent).items():
         columns = _columns_of_all(of_split, label)
         values = [value for path in of_split for value in _labels(path, columns.label)]
         if set(values) <= {_SECRET}:
@@ -181,11 +182,11 @@ def _labels(path: pathlib.Path, name: str) -> list[Any]:
     """The labels of a file, which are numbers or text; raises ``UserError`` of any other."""
     values = _column(path, name)
     for row, value in enumerate(values):
-        if isinstance(value, bool) or not isinstance(value, int | str) or value == "":
+        if not isinstance(value, int | str) or value == "":
             raise UserError(f"{path} row {row} has no label, but {value!r} in column {name!r}")
         if isinstance(value, int) and not _SECRET <= value < _MOST_CLASSES:
             raise UserError(f"{path} row {row} has a label that is {value}")
-    return values
+    return [int(value) if isinstance(value, bool) else value for value in values]
 
 
 def _classes(
@@ -207,12 +208,16 @@ def _classes(
     return names, {number: number for number in range(count)}
 
 
-def _by_split(files: Sequence[pathlib.Path]) -> dict[str, list[pathlib.Path]]:
+def _by_split(files: Sequence[pathlib.Path], root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+    splits = {path: split_of([*path.relative_to(root).parts[:-1], path.stem]) for path in files}
+    without = [path for path, split in splits.items() if split is None]
+    if without and len(without) < len(files):
+        raise UserError(
+            f"{without[0]} tells no split, and other files do: rename it, or move it elsewhere"
+        )
     found: dict[str, list[pathlib.Path]] = {}
-    for path in files:
-        words = [*re.split("[^a-zA-Z]+", path.stem), path.parent.name]
-        split = next((word for word in words if word.lower() in USUAL_SPLITS), "train")
-        found.setdefault(split, []).append(path)
+    for path, split in splits.items():
+        found.setdefault(split or "train", []).append(path)
     for of_split in found.values():
         if len(folders := sorted({path.parent for path in of_split})) > 1:
             raise UserError(
@@ -220,6 +225,17 @@ def _by_split(files: Sequence[pathlib.Path]) -> dict[str, list[pathlib.Path]]:
                 "of these folders"
             )
     return found
+
+
+def _sampled(path: pathlib.Path) -> bytes:
+    """The size of a file, and some of its bytes: to read it all would take minutes."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        parts = [str(size).encode()]
+        for start in sorted({int(at) for at in np.linspace(0, max(0, size - _PART), _PARTS)}):
+            file.seek(start)
+            parts.append(file.read(_PART))
+    return digest(parts).encode()
 
 
 def _columns_of_all(files: Sequence[pathlib.Path], label: str) -> _Columns:
@@ -268,7 +284,10 @@ def _columns(path: pathlib.Path, label: str) -> _Columns:
         )
     names = features.get(candidates[0], {}).get("names") or []
     (image,) = images
-    return _Columns(image.name, pa.types.is_struct(image.type), candidates[0], list(names))
+    kind = image.type
+    is_struct = pa.types.is_struct(kind)
+    has_path = is_struct and kind.get_field_index("path") >= 0
+    return _Columns(image.name, is_struct, has_path, candidates[0], list(names))
 
 
 def _features(schema: pa.Schema) -> dict[str, Any]:

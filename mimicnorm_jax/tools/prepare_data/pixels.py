@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import glob
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from mimicnorm_jax.data import idx
+from mimicnorm_jax.data.layout import split_of
 from mimicnorm_jax.errors import UserError, first_line
 from mimicnorm_jax.tools.prepare_data.records import Pixels, Records
 
@@ -105,9 +107,10 @@ def read_idx_files(place: pathlib.Path) -> dict[str, Records]:
 def idx_sets(folder: pathlib.Path, chosen: str = "") -> dict[str, dict[str, str]]:
     """Data sets in MNIST's format in a folder: of each the beginnings of its splits' names."""
     found: dict[str, dict[str, str]] = {}
-    for path in sorted(folder.glob(f"{chosen}*{idx.IMAGES}*")):
+    for path in sorted(folder.glob(f"{glob.escape(chosen)}*{idx.IMAGES}*")):
         prefix = path.name.partition(idx.IMAGES)[0]
         name, _, last = prefix.rpartition("-")
-        split = {"t10k": "test"}.get(last, last)
-        found.setdefault(name, {})[split] = prefix
+        split = {"t10k": "test"}.get(last) or split_of([last], whole=True)
+        if split is not None:
+            found.setdefault(name, {})[split] = prefix
     return found

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mimicnorm_jax.data.folder import FolderSource, annotated
-from mimicnorm_jax.data.layout import USUAL_SPLITS, annotations_of, splits_in
+from mimicnorm_jax.data.layout import annotations_of, split_of, splits_in
 from mimicnorm_jax.data.listing import is_class_folder
 from mimicnorm_jax.data.sources import View
-from mimicnorm_jax.data.webdataset import LABEL_FIELD, read_tars, tars_in
+from mimicnorm_jax.data.tar_index import tars_in
+from mimicnorm_jax.data.webdataset import LABEL_FIELD, read_tars
 from mimicnorm_jax.errors import UserError, refused_by_system
 from mimicnorm_jax.tools.prepare_data import pixels
 from mimicnorm_jax.tools.prepare_data.cifar import form_of, read_cifar
@@ -35,10 +37,10 @@ def find(source: pathlib.Path, spool: pathlib.Path, *, label: str = "") -> Found
       UserError: there is nothing of a known kind, or something is damaged or missing.
     """
     with refused_by_system(f"{source} cannot be read"):
-        place = _unpacked(source) if source.is_dir() else source
-        found = _find(place, spool, label)
+        places = _places(source)
+        found = next((f for place in places if (f := _find(place, spool, label))), None)
         if found is None:
-            found = _class_folders(place)
+            found = _class_folders(source, places)
     if not found.splits:
         raise UserError(f"{source} has no images with labels")
     if label and found.kind not in _WITH_LABELS:
@@ -47,11 +49,17 @@ def find(source: pathlib.Path, spool: pathlib.Path, *, label: str = "") -> Found
     return found
 
 
-def _unpacked(source: pathlib.Path) -> pathlib.Path:
-    """The folder in a folder, where that is all there is: archives unpack to one of their name."""
-    inner = [path for path in source.iterdir() if is_class_folder(path.name)]
-    only = inner[0] if len(inner) == 1 else source
-    return source if only.name.lower() in USUAL_SPLITS or not only.is_dir() else only
+def _places(source: pathlib.Path) -> list[pathlib.Path]:
+    """It, and the only folder in it, and so on: archives unpack to a folder of their name."""
+    places = [source]
+    while places[-1].is_dir():
+        inner = [
+            path for path in places[-1].iterdir() if path.is_dir() and is_class_folder(path.name)
+        ]
+        if len(inner) != 1 or split_of([inner[0].name], whole=True):
+            break
+        places += inner
+    return places
 
 
 def _find(place: pathlib.Path, spool: pathlib.Path, label: str) -> Found | None:
@@ -70,29 +78,44 @@ def _find(place: pathlib.Path, spool: pathlib.Path, label: str) -> Found | None:
         from mimicnorm_jax.tools.prepare_data.parquet import read_parquet  # slow to import
 
         return Found("parquet files", read_parquet(place, spool, label))
-    if place.suffix == ".tar" or (place.is_dir() and tars_in(place)):
+    if place.exists() and _has_tars(place):
         return Found("tar files", read_tars(place, _VIEW, label or LABEL_FIELD))
     return None
 
 
-def _class_folders(source: pathlib.Path) -> Found:
+def _has_tars(place: pathlib.Path) -> bool:
+    """Compressed ones count for a file that is given: beside a folder they are what it is from."""
+    if place.is_file():
+        return bool(tars_in(place))
+    with contextlib.suppress(UserError):
+        return bool(tars_in(place))
+    return False
+
+
+def _class_folders(source: pathlib.Path, places: Sequence[pathlib.Path]) -> Found:
     if not source.is_dir():
         what = "is none of these" if source.exists() else "does not exist"
         raise UserError(f"{source} {what}: a folder of {_EXPECTED}")
-    splits: dict[str, Records] = {}
-    for name, folder in splits_in(source).items():
-        annotations = annotations_of(folder)
-        splits[name] = (
-            FolderSource(folder, _VIEW, for_training=name == "train")
-            if annotations is None
-            else annotated(folder, annotations, _VIEW)
-        )
-    if not splits:
-        raise UserError(f"{source} has no images that can be imported; expected {_EXPECTED}")
-    return Found("class folders", splits)
+    for place in reversed(places):
+        splits: dict[str, Records] = {}
+        for name, folder in splits_in(place).items():
+            annotations = annotations_of(folder)
+            splits[name] = (
+                FolderSource(folder, _VIEW, for_training=name == "train")
+                if annotations is None
+                else annotated(folder, annotations, _VIEW)
+            )
+        if splits:
+            return Found("class folders", splits)
+    raise UserError(f"{source} has no images that can be imported; expected {_EXPECTED}")
 
 
 def _check_classes(splits: Mapping[str, Records], source: pathlib.Path) -> None:
+    for split, records in splits.items():
+        if split == "train" and len(records.class_names) == 1:
+            raise UserError(
+                f"{source} has a single class, {records.class_names[0]}: nothing to learn"
+            )
     (first, names), *others = ((split, records.class_names) for split, records in splits.items())
     for split, other in others:
         if other != names:

@@ -6,16 +6,18 @@ and ``file_name``), and the description is written by it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import shutil
 import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
-from mimicnorm_jax.data.images import check_whole
+from mimicnorm_jax.data import images
 from mimicnorm_jax.data.tfds import FORMAT, IMPORT
 from mimicnorm_jax.errors import UserError, first_line
 from mimicnorm_jax.progress_bar import progress_bar
@@ -51,13 +53,17 @@ def write(found: Found, directory: pathlib.Path) -> pathlib.Path:
       OSError: the system refuses.
     """
     target, draft = directory / VERSION, draft_of(directory)
+    if target.exists():
+        raise UserError(f"{target} is there, but not complete: remove it")
     description = describe(found)
     begun = draft / IMPORT
-    if begun.is_file() and json.loads(begun.read_text()) != description:
+    if begun.exists() and read_description(begun) != description:
         print(f"removing {draft}, which is of other images", file=sys.stderr)
         shutil.rmtree(draft)
     draft.mkdir(parents=True, exist_ok=True)
-    begun.write_text(json.dumps(description, indent=1))
+    written = begun.with_suffix(".part")
+    written.write_text(json.dumps(description, indent=1))
+    written.replace(begun)
     lengths = {
         split: _write_split(records, draft, directory.name, split)
         for split, records in found.splits.items()
@@ -66,6 +72,50 @@ def write(found: Found, directory: pathlib.Path) -> pathlib.Path:
     shutil.rmtree(draft / SPOOL, ignore_errors=True)
     draft.rename(target)
     return target
+
+
+@contextlib.contextmanager
+def alone(directory: pathlib.Path) -> Iterator[None]:
+    """Lets one import to a folder run at a time.
+
+    Raises:
+      UserError: another one runs.
+      OSError: the system refuses.
+    """
+    import fcntl  # not on Windows, where array_record is not, either
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".import.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another import to {directory} is running") from error
+        yield
+
+
+def read_description(path: pathlib.Path) -> Any:
+    """What ``describe`` said of a build; None where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
+
+
+def check_class_names(names: Sequence[str]) -> None:
+    """TFDS stores one a line, without blanks around it.
+
+    Raises:
+      UserError: a name would not be the same again.
+    """
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the class name {name!r} is no text in UTF-8") from error
+        if name != name.strip() or name.splitlines() != [name]:
+            raise UserError(
+                f"the class name {name!r} has blanks around it, or a line break: rename it"
+            )
 
 
 def describe(found: Found) -> dict[str, Any]:
@@ -82,7 +132,7 @@ def _write_split(
     """Returns the number of examples of each shard, and its bytes."""
     order = order_of(records)
     chosen = np.linspace(0, len(order) - 1, min(_SAMPLED, len(order))).astype(int)
-    size = np.mean([len(_read(records, index)) for index in order[chosen].tolist()])
+    size = np.mean([_check_decoded(records, index) for index in order[chosen].tolist()])
     count = min(len(order), max(1, round(len(order) * size / _SHARD)))
     written = []
     with progress_bar(None, f"importing {split}", len(order), unit="image") as bar:
@@ -96,6 +146,18 @@ def _write_split(
     return written
 
 
+def _check_decoded(records: Records, index: int) -> int:
+    """Decodes an image, and returns how many bytes it has."""
+    data = _read(records, index)
+    try:
+        images.decode(data, upright=False)
+    except Exception as error:  # whatever a damaged file makes a decoder raise
+        raise UserError(
+            f"cannot read image {records.describe(index)}: {first_line(error)}"
+        ) from error
+    return len(data)
+
+
 def _write_shard(records: Records, indices: np.ndarray, path: pathlib.Path, bar: Any) -> None:
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -106,15 +168,19 @@ def _write_shard(records: Records, indices: np.ndarray, path: pathlib.Path, bar:
             for example in pool.map(lambda i: _example(records, i), indices.tolist()):
                 writer.write(example)
                 bar.update()
-    finally:
         writer.close()
+    except RuntimeError as error:  # array_record's, of the disk
+        raise UserError(f"cannot write {part}: {first_line(error)}") from error
+    finally:
+        with contextlib.suppress(RuntimeError):
+            writer.close()
     part.rename(path)
 
 
 def _read(records: Records, index: int) -> bytes:
     try:
         data = records.read(index)[0]
-        check_whole(data)
+        images.check_whole(data)
         return data
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
