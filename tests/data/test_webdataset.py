@@ -1,6 +1,7 @@
 """Tar files as WebDataset writes them, read where they lie."""
 
 import pickle
+import tarfile
 
 import pytest
 
@@ -84,9 +85,120 @@ def test_dots_in_names_are_part_of_the_key(tmp_path, capsys):
     assert read_tars(tmp_path, VIEW)["train"].labels.tolist() == [0, 0, 1]
 
 
+class TestDamage:
+    """tarfile ends its list at a damaged header, as if there were no more."""
+
+    @pytest.fixture
+    def path(self, tmp_path):
+        members = [(f"{name}/{index}.png", ONE) for name in "ab" for index in range(9)]
+        sources.write_tar(tmp_path / "train.tar", members)
+        return tmp_path / "train.tar"
+
+    def test_a_damaged_header(self, path):
+        content = bytearray(path.read_bytes())
+        at = content.index(b"b/3.png")
+        content[at + 148] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"is damaged at byte {at}"):
+            read_tars(path.parent, VIEW)
+
+    def test_cut_off_in_a_header_or_an_image(self, path):
+        content = path.read_bytes()
+        at = content.index(b"b/3.png")
+        for end in (at + 100, at + 512 + 20):
+            path.write_bytes(content[:end])
+            with pytest.raises(UserError, match="is damaged"):
+                read_tars(path.parent, VIEW)
+
+    def test_two_files_one_after_the_other(self, path):
+        path.write_bytes(path.read_bytes() * 2)
+        with pytest.raises(UserError, match="or it is several tar files one after the other"):
+            read_tars(path.parent, VIEW)
+
+
+def test_links_are_followed_or_counted(tmp_path, capsys):
+    path = tmp_path / "train.tar"
+    sources.write_tar(path, [("a/1.png", ONE), ("b/1.png", TWO)])
+    with tarfile.open(path, "a") as tar:
+        for name, kind, target in (
+            ("b/2.png", tarfile.LNKTYPE, "a/1.png"),
+            ("b/3.png", tarfile.SYMTYPE, "1.png"),
+        ):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    source = read_tars(tmp_path, VIEW)["train"]
+    assert [source.read(index) for index in range(3)] == [(ONE, 0), (TWO, 1), (ONE, 1)]
+    assert "links (1)" in capsys.readouterr().err
+
+
+def test_a_class_is_the_first_folder_below_the_split_or_what_all_share(tmp_path):
+    tiny = [(f"tiny/train/n{c}/images/n{c}_{i}.png", ONE) for c in range(3) for i in range(2)]
+    sources.write_tar(tmp_path / "a.tar", tiny)
+    assert read_tars(tmp_path / "a.tar", VIEW)["train"].class_names == ["n0", "n1", "n2"]
+    inner = [(f"./photos/{c}/more/{c}.png", ONE) for c in "xy"]
+    hidden = [("photos/@eaDir/x.png", ONE), ("photos/x/._x.png", ONE)]
+    sources.write_tar(tmp_path / "b.tar", inner + hidden)
+    found = read_tars(tmp_path / "b.tar", VIEW)["train"]
+    assert (found.class_names, len(found)) == (["x", "y"], 2)
+
+
+@pytest.mark.parametrize("names", [("train/shards/0", "val/shards/0"), ("x-TRAIN-0", "x-val-0")])
+def test_splits_are_known_by_any_folder_or_word(tmp_path, names):
+    for name in names:
+        sources.write_tar(tmp_path / f"{name}.tar", [("a/1.png", ONE), ("b/1.png", TWO)])
+    assert sorted(read_tars(tmp_path, VIEW)) == ["train", "val"]
+    sources.write_tar(tmp_path / "extra.tar", [("a/1.png", ONE), ("b/1.png", TWO)])
+    with pytest.raises(UserError, match=r"extra\.tar tells no split, and other tar files do"):
+        read_tars(tmp_path, VIEW)
+
+
+def test_folders_are_no_labels_where_others_have_some(tmp_path):
+    sources.write_tar(tmp_path / "0.tar", [("x/a.png", ONE), ("x/a.cls", b"cat")])
+    sources.write_tar(tmp_path / "1.tar", [("x/b.png", TWO)])
+    with pytest.raises(UserError, match=r"1\.tar: x/b\.png has no class"):
+        read_tars(tmp_path, VIEW)
+    members = [("x/b.png", TWO), ("x/b.json", b'{"class": 1, "id": 2}')]
+    sources.write_tar(tmp_path / "0.tar", members)
+    sources.write_tar(tmp_path / "1.tar", [("y/b.png", TWO)])
+    with pytest.raises(UserError, match=r"no \.json .* has a label in .label.; there are cl"):
+        read_tars(tmp_path, VIEW)
+
+
+def test_secret_labels_and_single_classes(tmp_path, capsys):
+    root = sources.write_tars(tmp_path / "a")
+    secret = [("a.png", ONE), ("a.cls", b"-1")]
+    for path in root.glob("*test*"):
+        sources.write_tar(path, secret)
+    assert sorted(read_tars(root, VIEW)) == ["train"]
+    assert "split test has no labels: left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"'test'.*--config\.data\.test_split= --config"):
+        opened(root)
+    train, test = opened(root, test_split="", holdout=0.2)
+    assert len(train) == 12 and test is None
+    sources.write_tar(tmp_path / "b" / "train.tar", [("a.png", ONE), ("a.cls", b"0")])
+    with pytest.raises(UserError, match="has a single class, 0: nothing to learn"):
+        opened(tmp_path / "b", test_split="", holdout=0.2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("ant\nbee\ncat".encode("utf-16"), "is no text in UTF-8"), (b"\xef\xbb\xbfant\nbee\ncat", "")],
+)
+def test_names_of_classes_in_other_encodings(tmp_path, content, message):
+    root = sources.write_tars(tmp_path)
+    (root / "classes.txt").write_bytes(content)
+    if not message:
+        assert read_tars(root, VIEW)["train"].class_names == list(sources.CLASSES)
+        return
+    with pytest.raises(UserError, match=message):
+        read_tars(root, VIEW)
+
+
 @pytest.mark.parametrize(
     ("members", "message"),
     [
+        ([("a.png", ONE), ("a.json", b"[" * 20_000)], "is damaged"),
         (
             [("a.png", ONE), ("a.jpg", ONE), ("a.cls", b"0")],
             "has 2 images of a: it is not clear which",
