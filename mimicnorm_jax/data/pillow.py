@@ -17,6 +17,7 @@ WHITE: Colour = (255, 255, 255)
 
 MAX_BYTES = 2**30  # of one image, with what it is converted by
 _HELD_AT_MOST = 2 * MAX_BYTES  # by all threads
+_SMALL = 2**24  # bytes of an image that is not counted
 
 # Others would be looked for in any file, whatever it is called; some of them start programs.
 _KINDS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "PPM")
@@ -77,15 +78,22 @@ def bytes_of(height: int, width: int, bytes_a_pixel: int) -> int:
     return needed
 
 
-@contextlib.contextmanager
-def room_for(height: int, width: int, bytes_a_pixel: int) -> Iterator[None]:
+def room_for(
+    height: int, width: int, bytes_a_pixel: int
+) -> contextlib.AbstractContextManager[None]:
     """Holds the memory of a decoded image, for which it waits while other threads have it.
+
+    Images below 16 MiB are not counted, which would take a hundredth of the time of a crop: each
+    thread may have one beside.
 
     Raises:
       ValueError: as ``bytes_of``.
     """
-    with _memory.held(bytes_of(height, width, bytes_a_pixel)):
-        yield
+    needed = bytes_of(height, width, bytes_a_pixel)
+    return _FREE if needed < _SMALL else _memory.held(needed)
+
+
+_FREE = contextlib.nullcontext()
 
 
 def is_turned(data: bytes) -> bool:

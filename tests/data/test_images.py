@@ -359,6 +359,7 @@ def test_an_image_is_refused_by_what_it_takes(monkeypatch):
 
 def test_all_threads_together_hold_no_more_than_they_may(monkeypatch):
     size = 64 * 64 * 10
+    monkeypatch.setattr(pillow, "_SMALL", size)
     monkeypatch.setattr(pillow, "_memory", pillow._Memory(2 * size))
     inside, most = [], []
     as_rgb = pillow._as_rgb
