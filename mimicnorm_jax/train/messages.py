@@ -43,6 +43,12 @@ def introduce(experiment: Experiment, workdir: pathlib.Path) -> None:
     )
     if line := classes(experiment.train_data.source):
         print(line, flush=True)
+    if config.batch_size > (count := len(experiment.splits.train)):
+        print(
+            f"NOTE: a batch of {config.batch_size} takes all {count} training images, and some of "
+            "them again: a step is more than an epoch; smaller ones: --config.batch_size=32",
+            flush=True,
+        )
     if experiment.start is not None:
         assert experiment.pretrained is not None
         print(starts_from(config, experiment.start, experiment.pretrained), flush=True)

@@ -85,4 +85,7 @@ def test_a_folder_without_splits_from_training_to_evaluation(tiny_config, tmp_pa
     assert summary["data"]["holdout"]["examples"] == 8 and "test" not in summary["data"]
     results = evaluate_run(config, tmp_path / "run").results
     assert "holdout_accuracy" in results["latest"]
+    assert "NOTE: a batch of" not in output.out
     assert train(tiny_config(max_steps=3, **data), tmp_path / "run")["resumed_from_step"] == 2
+    train(tiny_config(max_steps=1, **data | {"batch_size": 33}), tmp_path / "large")
+    assert "NOTE: a batch of 33 takes all 32 training images" in capsys.readouterr().out
