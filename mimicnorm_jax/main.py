@@ -21,12 +21,13 @@ from mimicnorm_jax import command_line
 from mimicnorm_jax.config import validate
 from mimicnorm_jax.errors import UserError, refused_by_system
 from mimicnorm_jax.parallel import coordination, startup
+from mimicnorm_jax.paths import define_path, expanded
 from mimicnorm_jax.tools.report import JSON, PLOT, check_output, write_json
 
 for _name in ("json", "plot"):  # shown by --help
     flags.declare_key_flag(_name)
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Default: runs/<config>-<method>-s<seed>.")
+_WORKDIR = define_path("workdir", None, "Default: runs/<config>-<method>-s<seed>.")
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "Train, or evaluate a run.")
 _STOPPED_EXIT_CODE = flags.DEFINE_integer(
     "stopped-exit-code",
@@ -65,7 +66,7 @@ def _run() -> None:
     config = command_line.config()
     validate(config)
     default = workdir.default_workdir(config, command_line.config_path())
-    folder = pathlib.Path(_WORKDIR.value or default).expanduser()
+    folder = expanded(_WORKDIR.value or default)
     setup.configure_jax(config)
     startup.join()
     if _MODE.value == "train":
@@ -103,7 +104,7 @@ def _run_of(argv: list[str]) -> str | None:
     folder = command_line.given(argv, "workdir")
     if not folder or command_line.given(argv, "mode") == "eval":
         return folder
-    return folder if (pathlib.Path(folder).expanduser() / "config.json").exists() else None
+    return folder if (expanded(folder) / "config.json").exists() else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mimicnorm_jax.errors import UserError, first_line, unknown
 from mimicnorm_jax.guest import process_left_as_it_was
+from mimicnorm_jax.paths import expanded
 
 if TYPE_CHECKING:  # slow to import
     from ml_collections import ConfigDict
@@ -62,7 +63,7 @@ def _made(given: str | os.PathLike[str]) -> ConfigDict:
 
     from mimicnorm_jax.config.packaged import find_config
 
-    path, _, argument = find_config(str(pathlib.Path(given).expanduser())).partition(":")
+    path, _, argument = find_config(str(expanded(given))).partition(":")
     spec = importlib.util.spec_from_file_location("mimicnorm_jax_config", path)
     if spec is None or spec.loader is None:
         raise UserError(f"{path} is no Python file")
@@ -120,7 +121,7 @@ def fit(
         name = fields.network if isinstance(config, ConfigDict) else str(config)
         folder = pathlib.Path(workdir) if workdir else default_workdir(fields, name)
         setup.configure_jax(fields)
-        return loop.train(fields, folder.expanduser())
+        return loop.train(fields, expanded(folder))
 
 
 def evaluate(
@@ -159,7 +160,7 @@ def evaluate(
         from mimicnorm_jax.train.evaluated_run import Question, evaluate_run
         from mimicnorm_jax.train.workdir import saved_config
 
-        folder = pathlib.Path(run).expanduser()
+        folder = expanded(run)
         config = read_config(saved_config(folder), overrides)
         question = Question(labels=labels, restrict_classes=restrict_classes)
         found = evaluate_run(config, folder, question)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 
 from mimicnorm_jax.errors import UserError, refused_by_system, unknown
+from mimicnorm_jax.paths import expanded
 
 if TYPE_CHECKING:  # slow to import
     from flax import nnx
@@ -94,7 +95,7 @@ class TrainedNetwork:
         name = f"of {len(image)} bytes" if isinstance(image, bytes) else str(image)
         if not isinstance(image, bytes):
             with refused_by_system(f"cannot read image {name}"):
-                image = _content(pathlib.Path(image).expanduser())
+                image = _content(expanded(image))
         try:
             return decode(image, upright=self.description.view.upright)
         except Exception as error:  # whatever a damaged file makes a decoder raise
@@ -208,7 +209,7 @@ def load(run: str | os.PathLike[str], which: Which = "best") -> TrainedNetwork:
     from mimicnorm_jax.export.rebuilt import is_export, restore_export
     from mimicnorm_jax.train.restored import restore
 
-    folder = pathlib.Path(run).expanduser()
+    folder = expanded(run)
     found = restore_export(folder) if is_export(folder) else restore(folder, which)
     images = found.description.images
     return TrainedNetwork(

@@ -18,6 +18,7 @@ from mimicnorm_jax.data.labels_file import read_labels_file
 from mimicnorm_jax.data.layout import annotations_of, find_layout
 from mimicnorm_jax.data.sources import EncodedSource, View, digest, digested
 from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.paths import expanded
 
 _NO_CLASS = "in no class folder"
 _VERSION = 2  # of the identity; the first, which had none, was of names and sizes
@@ -190,7 +191,7 @@ def _open(directory: pathlib.Path, view: View, for_training: bool) -> FilesSourc
 
 
 def _open_table(data: ConfigDict, parts: Sequence[str]) -> list[FilesSource]:
-    table, root = read_labels_file(data), pathlib.Path(data.dir).expanduser()
+    table, root = read_labels_file(data), expanded(data.dir)
     class_names = sorted(set(table.classes.values()))
     numbers = {name: number for number, name in enumerate(class_names)}
     if not table.splits and not data.holdout:

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from mimicnorm_jax.data.images import centre_crop
 from mimicnorm_jax.data.sources import ArraySource
 from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.paths import expanded
 
 _TYPES: dict[int, np.dtype[Any]] = {8: np.dtype(np.uint8), 12: np.dtype(">i4")}
 _PREFIXES = {"train": "train", "test": "t10k"}  # of the published file names
@@ -170,7 +171,7 @@ def open_idx(data: ConfigDict, parts: Sequence[str]) -> list[ArraySource]:
 
     A split that is named otherwise than ``train`` and ``test`` is a file name's beginning.
     """
-    root = pathlib.Path(data.dir).expanduser()
+    root = expanded(data.dir)
     with refused_by_system(f"config.data.dir = {data.dir!r} cannot be read"):
         if not root.is_dir():
             raise UserError(f"config.data.dir = {data.dir!r} is not a folder")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import pathlib
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -11,6 +10,7 @@ from ml_collections import ConfigDict
 from mimicnorm_jax.data import listing
 from mimicnorm_jax.data.layout import other_names
 from mimicnorm_jax.errors import UserError, first_line, refused_by_system
+from mimicnorm_jax.paths import expanded
 
 _PATHS = (
     *("path", "file", "filename", "file_name", "filepath"),
@@ -48,8 +48,8 @@ def read_labels_file(data: ConfigDict) -> Table:
       UserError: it cannot be read, is no such table, names an image that is not there, or one
         twice.
     """
-    root = pathlib.Path(data.dir).expanduser()
-    file = root / pathlib.Path(data.labels_file).expanduser()
+    root = expanded(data.dir)
+    file = root / expanded(data.labels_file)
     what = f"config.data.labels_file = {data.labels_file!r}"
     with refused_by_system(f"{what} cannot be read"):
         try:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from mimicnorm_jax.data import listing
 from mimicnorm_jax.data.annotations import find_annotations
 from mimicnorm_jax.errors import UserError, refused_by_system, unknown
+from mimicnorm_jax.paths import expanded
 
 _TRAINING = ("train", "training")
 _TESTS = ("test", "testing")
@@ -73,7 +74,7 @@ def find_layout(data: ConfigDict) -> Layout:
     Raises:
       UserError: there is no such folder, or it has neither splits nor classes.
     """
-    root = pathlib.Path(data.dir).expanduser()
+    root = expanded(data.dir)
     with refused_by_system(f"config.data.dir = {data.dir!r} cannot be read"):
         if not root.is_dir():
             where = "" if root.is_absolute() else f" below {pathlib.Path.cwd()}"

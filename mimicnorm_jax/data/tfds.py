@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from mimicnorm_jax.data.layout import chosen_split
 from mimicnorm_jax.data.sources import EncodedSource, View, digest
 from mimicnorm_jax.errors import UserError, first_line, refused_by_system, unknown
+from mimicnorm_jax.paths import expanded
 
 FORMAT = "array_record"
 PREPARABLE = ("cifar10", "cifar100", "mnist", "imagenet2012")
@@ -61,7 +62,7 @@ def build_directory(directory: str | pathlib.Path, name: str) -> pathlib.Path:
     Raises:
       UserError: there is none; says how to prepare one.
     """
-    root = pathlib.Path(directory).expanduser()
+    root = expanded(directory)
     if "://" in str(directory):
         raise UserError(
             f"config.data.dir = {str(directory)!r} is not a folder; mount remote storage as one"

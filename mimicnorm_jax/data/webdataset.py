@@ -17,6 +17,7 @@ from mimicnorm_jax.data.listing import said_of
 from mimicnorm_jax.data.sources import EncodedSource, View, by_class_and_name, digest, digested
 from mimicnorm_jax.data.tar_index import Sample, index_tars, tars_in
 from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.paths import expanded
 
 CLASSES = "classes.txt"
 LABEL_FIELD = "label"
@@ -78,7 +79,7 @@ class TarSource(EncodedSource):
 
 def open_tars(data: ConfigDict, parts: Sequence[str]) -> list[TarSource]:
     """The tar files of ``config.data.dir`` for ``"train"`` and ``"test"``, or one of them."""
-    root = pathlib.Path(data.dir).expanduser()
+    root = expanded(data.dir)
     with refused_by_system(f"config.data.dir = {data.dir!r} cannot be read"):
         if not root.exists():
             raise UserError(f"config.data.dir = {data.dir!r} does not exist")

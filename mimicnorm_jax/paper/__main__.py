@@ -8,12 +8,12 @@ python -m mimicnorm_jax.paper figure10 --out figures --data DIR  # DIR/train/<cl
 from __future__ import annotations
 
 import argparse
-import pathlib
 import sys
 import time
 from collections.abc import Sequence
 
-from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.errors import UserError, unknown
+from mimicnorm_jax.paths import expanded
 
 
 def _parse(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespace:
@@ -22,18 +22,21 @@ def _parse(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.Na
     parser.add_argument(
         "figures",
         nargs="+",
-        choices=[*names, "all"],
         metavar="FIGURE",
         help=", ".join([*names, "all"]),
     )
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder to write to")
+    parser.add_argument("--out", type=expanded, required=True, help="folder to write to")
     parser.add_argument("--quick", action="store_true", help="smaller networks, a few minutes")
     parser.add_argument(
         "--data",
         default="digits",
         help="digits (default), or a folder with MNIST's files (.gz) or train/<class>/*.{jpg,png}",
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name in options.figures:
+        if name not in (*names, "all"):
+            raise unknown("figure", name, (*names, "all"))
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from mimicnorm_jax.paper.drawing import load, make_folder, write
     from mimicnorm_jax.paper.figures import FIGURES
 
-    options = _parse(arguments, list(FIGURES))
     try:
+        options = _parse(arguments, list(FIGURES))
         data = load(options.data)
         make_folder(options.out)
         chosen = list(FIGURES) if "all" in options.figures else list(dict.fromkeys(options.figures))

@@ -18,6 +18,7 @@ from mimicnorm_jax.data.generated import read_digits
 from mimicnorm_jax.data.idx import read_split
 from mimicnorm_jax.data.sources import ArraySource, View, cache, channel_statistics
 from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.paths import expanded
 from mimicnorm_jax.theory.kernels import Kind
 
 COLOURS: dict[Kind, str] = {
@@ -90,7 +91,7 @@ def load(data: str) -> Data:
     if data == "digits":
         pixels, labels = read_digits()
         return Data(pixels[..., None], labels)
-    folder = pathlib.Path(data).expanduser()
+    folder = expanded(data)
     with refused_by_system(f"--data={data} cannot be read"):
         if not folder.is_dir():
             raise UserError(f"--data={data} is neither digits nor a folder")

@@ -34,6 +34,7 @@ from mimicnorm_jax.export.rebuilt import fields_to_build, is_export
 from mimicnorm_jax.export.stablehlo import WEIGHTS
 from mimicnorm_jax.export.written import SUFFIXES
 from mimicnorm_jax.parallel import make_mesh
+from mimicnorm_jax.paths import define_path, expanded
 from mimicnorm_jax.tools.predict import images_in
 from mimicnorm_jax.tools.report import WHICH
 from mimicnorm_jax.train.setup import configure_jax, silence_false_alarms
@@ -43,7 +44,7 @@ from mimicnorm_jax.trained import TrainedNetwork, load
 FORMATS = ("onnx", "stablehlo", "safetensors")
 
 _FORMAT = flags.DEFINE_enum("format", None, FORMATS, "What is written; unset: by the end of --out.")
-_OUT = flags.DEFINE_string("out", None, "The file; of safetensors the folder.")
+_OUT = define_path("out", None, "The file; of safetensors the folder.")
 flags.declare_key_flag("which")
 _NORMALIZE = flags.DEFINE_bool(
     "normalize", False, "onnx, stablehlo: take uint8 images, and normalize them inside."
@@ -167,14 +168,14 @@ def _run(run: str = "", *images: str) -> None:
         raise UserError("--normalize and --static go with onnx and stablehlo")
     if kind != "stablehlo" and _WEIGHTS.value != "inside":
         raise UserError("--weights=beside goes with stablehlo")
-    folder = pathlib.Path(run).expanduser()
+    folder = expanded(run)
     if not is_export(folder):
         configure_jax(saved_config(folder))
     silence_false_alarms(make_mesh(1))
     exported = export_run(
         folder,
         kind,
-        pathlib.Path(out).expanduser(),
+        expanded(out),
         which=WHICH.value,
         inside=_NORMALIZE.value,
         symbolic=not _STATIC.value,

@@ -27,6 +27,7 @@ from mimicnorm_jax.data.listing import list_class
 from mimicnorm_jax.errors import UserError, refused_by_system
 from mimicnorm_jax.export.rebuilt import is_export
 from mimicnorm_jax.parallel import make_mesh
+from mimicnorm_jax.paths import define_path, expanded
 from mimicnorm_jax.progress_bar import progress_bar
 from mimicnorm_jax.tools.report import JSON, PLOT, WHICH, check_output, write_json
 from mimicnorm_jax.train.setup import configure_jax, silence_false_alarms
@@ -37,7 +38,7 @@ for _name in ("json", "plot", "which"):  # shown by --help
     flags.declare_key_flag(_name)
 
 _TOP = flags.DEFINE_integer("top", 5, "Classes shown of each image.", 1)
-_CSV = flags.DEFINE_string("csv", None, "Where the answers go as a table; unset for nowhere.")
+_CSV = define_path("csv", None, "Where the answers go as a table; unset for nowhere.")
 
 _AT_A_TIME = 64  # images in memory
 _MOST_SHOWN = 36  # in a picture
@@ -59,7 +60,7 @@ def images_in(arguments: Sequence[str]) -> list[pathlib.Path]:
             if not listed:
                 raise UserError("the list on standard input is empty")
         else:
-            listed = [pathlib.Path(argument).expanduser()]
+            listed = [expanded(argument)]
             if not argument or not listed[0].exists():
                 raise UserError(f"{argument!r} does not exist")
         for path in listed:
@@ -162,7 +163,7 @@ def _run(run: str = "", *arguments: str) -> None:
     check_output("json", JSON.value, [".json"])
     check_output("csv", _CSV.value, [".csv"])
     check_output("plot", PLOT.value, [".png"])
-    folder = pathlib.Path(run).expanduser()
+    folder = expanded(run)
     if not is_export(folder):
         configure_jax(saved_config(folder))
     paths = images_in(arguments)

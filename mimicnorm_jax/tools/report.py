@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from absl import flags
 
 from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.paths import define_path
 
 # Flags of several programs, which one process may import.
-JSON = flags.DEFINE_string(
-    "json", None, "FILE.json for the numbers, or the answers; unset for none."
-)
-PLOT = flags.DEFINE_string(
+JSON = define_path("json", None, "FILE.json for the numbers, or the answers; unset for none.")
+PLOT = define_path(
     "plot", None, "FILE.png for a picture (probe: probe.png if unset; empty for none)."
 )
 COMPARED = flags.DEFINE_list(
@@ -30,7 +29,7 @@ BATCH = flags.DEFINE_integer(
 NUM_CLASSES = flags.DEFINE_integer("num-classes", None, "Where the data set does not tell.", 2)
 IMAGES = flags.DEFINE_integer("images", None, "Images (probe: 32, gradient_error: 256).", 2)
 WHICH = flags.DEFINE_enum("which", "best", ("best", "latest"), "Which checkpoint.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Look into the latest state of this run.")
+CHECKPOINT = define_path("checkpoint", None, "Look into the latest state of this run.")
 
 
 def check_output(name: str, path: str | None, endings: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from mimicnorm_jax.errors import UserError, refused_by_system
 from mimicnorm_jax.export.rebuilt import is_export, restore_export
 from mimicnorm_jax.layers import ScaledConv
 from mimicnorm_jax.methods import Method
+from mimicnorm_jax.paths import expanded
 from mimicnorm_jax.train.checkpoint import latest_step
 from mimicnorm_jax.train.pretrained import (
     Pretrained,
@@ -67,7 +68,7 @@ def read_pretrained(config: ConfigDict) -> Pretrained | None:
                 "weights to start from: --config.init_from=RUN or FILE"
             )
         return None
-    path = pathlib.Path(config.init_from).expanduser()
+    path = expanded(config.init_from)
     try:
         if path.is_dir():
             return _of_run(config, path)

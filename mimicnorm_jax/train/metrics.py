@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 
 from mimicnorm_jax.layers import last_bn_loss_floor
@@ -75,7 +75,8 @@ class MetricsWriter:
     """Appends rows to ``metrics.jsonl`` and to TensorBoard event files.
 
     Writing goes on where the run goes on: what was logged after the checkpoint a run
-    resumes from is dropped first, so the file reads as if nothing had happened.
+    resumes from is dropped first, so the files read as if nothing had happened. The event files
+    of earlier attempts, which lack their last seconds after a SIGKILL, become one of those rows.
 
     Args:
       workdir: the run's folder.
@@ -91,11 +92,18 @@ class MetricsWriter:
         self._file = self.path.open("a")
         folder = workdir / "tensorboard"
         folder.mkdir(exist_ok=True)
+        earlier = sorted(folder.glob("events.out.tfevents.*"))
+        times = {step: at for path in earlier for step, at in _times_of_steps(path)}
         # Not SummaryWriter: its thread dies silently on a full disk, and then it waits forever.
-        self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
+        # Its name has the second: of a process that resumes at once there must be two.
+        suffix = f".{os.getpid()}.{len(earlier)}"
+        self._events = EventsWriter(str(folder / "events"), filename_suffix=suffix)
         self._flushed = time.monotonic()
-        start = SessionLog(status=SessionLog.START)  # what was logged from this step on is void
-        self._write_event(step=step + 1, session_log=start)
+        for row in kept:
+            self._write_events(row, times.get(row["step"], time.time()))
+        self._events.flush()
+        for path in earlier:
+            path.unlink()
 
     def write(self, row: Row) -> None:
         """Writes one row; ``row["step"]`` is its step.
@@ -105,21 +113,42 @@ class MetricsWriter:
         row = {name: value if _is_finite(value) else None for name, value in row.items()}
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in row.items():
-            if name != "step" and value is not None:
-                self._write_event(step=row["step"], summary=scalar(name, value))
+        self._write_events(row, time.time())
         if time.monotonic() - self._flushed > _SECONDS_BETWEEN_FLUSHES:
             self._events.flush()
             self._flushed = time.monotonic()
 
-    def _write_event(self, **content: Any) -> None:
-        self._events.write_event(Event(wall_time=time.time(), **content))
+    def _write_events(self, row: Row, wall_time: float) -> None:
+        for name, value in row.items():
+            if name != "step" and value is not None:
+                summary = scalar(name, value)
+                event = Event(wall_time=wall_time, step=row["step"], summary=summary)
+                self._events.write_event(event)
 
     def close(self) -> None:
         """Flushes and closes the files."""
         if not self._file.closed:
             with contextlib.closing(self._events):
                 self._file.close()
+
+
+def _times_of_steps(path: pathlib.Path) -> Iterator[tuple[int, float]]:
+    """Steps that an event file has, and when they were written; it may end in the middle of one.
+
+    A record is its length in 8 bytes, 4 bytes of checksum, the event, and 4 bytes of checksum.
+    """
+    content, at = path.read_bytes(), 0
+    while at + 12 <= len(content):
+        length = int.from_bytes(content[at : at + 8], "little")
+        record = content[at + 12 : at + 12 + length]
+        if len(record) < length:
+            return
+        try:
+            event = Event.FromString(record)
+        except Exception:  # protobuf's, of which each version has its own
+            return
+        yield event.step, event.wall_time
+        at += 16 + length
 
 
 def _is_finite(value: float | None) -> bool:

@@ -27,6 +27,8 @@ def opened(experiment: Experiment, workdir: pathlib.Path) -> Iterator[WorkdirLoc
             open_workdir(workdir, config, experiment.data_identity)
             with refused_by_system(f"--workdir={workdir} cannot be written to"):
                 write_description(workdir, experiment.description)
+                # before anything is logged: a run that has metrics and no such folder lost it
+                (workdir / "checkpoints").mkdir(exist_ok=True)
                 if experiment.pretrained is not None:
                     write_pretrained(workdir, experiment.pretrained)
 
@@ -58,6 +60,11 @@ def check_run(experiment: Experiment, workdir: pathlib.Path) -> None:
     check_network(workdir, experiment.config)
     check_data(workdir, experiment.data_identity)
     check_pretrained(workdir, experiment.pretrained)
+    if (workdir / "metrics.jsonl").exists() and not (workdir / "checkpoints").is_dir():
+        raise UserError(
+            f"--workdir={workdir} holds a run whose checkpoints are gone; put the folder "
+            "checkpoints back, or delete --workdir to begin anew"
+        )
     done = latest_step(workdir / "checkpoints")
     if done > experiment.total_steps:
         raise UserError(

@@ -20,6 +20,7 @@ from mimicnorm_jax.data.splits import splits_of
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.guest import guests
 from mimicnorm_jax.parallel import coordination, make_mesh
+from mimicnorm_jax.paths import expanded_text
 from mimicnorm_jax.train.description import read_description
 from mimicnorm_jax.train.experiment import Experiment, experiment_of, images_of
 from mimicnorm_jax.train.init_from import find_pretrained, read_pretrained
@@ -67,6 +68,7 @@ def _keep_compiled_programs(folder: str) -> None:
         if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
             return  # the environment says where
         folder = str(kept.cache_folder())
+    folder = expanded_text(folder)
     if folder:
         try:
             pathlib.Path(folder).mkdir(parents=True, exist_ok=True)

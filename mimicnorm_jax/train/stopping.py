@@ -18,7 +18,9 @@ class Stopped(Exception):  # noqa: N818 (nothing went wrong)
 
 
 class StopRequest:
-    """Listens for SIGTERM, SIGINT and the preemption of any process while in a ``with`` block.
+    """Listens for SIGTERM, SIGINT, SIGHUP and preemption of any process while in a ``with`` block.
+
+    SIGHUP comes when a terminal is closed; where it is ignored, as under ``nohup``, it stays so.
 
     In another thread than the main one it hears no signals.
 
@@ -39,7 +41,11 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             return self  # only there Python lets signals be handled
         # SIGTERM's handler in a run of several processes is JAX's, in C++
-        for number in (signal.SIGINT, signal.SIGTERM) if self._alone else (signal.SIGINT,):
+        heard = [signal.SIGINT, *([signal.SIGTERM] if self._alone else [])]
+        hangup = getattr(signal, "SIGHUP", None)  # which Windows has not
+        if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+            heard.append(hangup)
+        for number in heard:
             self._before[number] = signal.signal(number, self._handle)
         return self
 

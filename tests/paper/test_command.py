@@ -28,7 +28,7 @@ def test_a_figure_is_three_files(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["figure6", "--out=x"], "invalid choice: 'figure6'"),
+        (["figure6", "--out=x"], "unknown figure 'figure6' (did you mean 'figure9'?)"),
         (["figure4"], "required: --out"),
         (["figure4", "--out=x", "--data=/nowhere"], "--data=/nowhere is neither digits nor"),
         (["figure10", "--out=/proc/figures"], "--out=/proc/figures cannot be written to"),

@@ -188,6 +188,7 @@ def test_other_weights_under_the_same_name_are_noticed(source, tiny_config, tmp_
     config = tiny_config(max_steps=3, method="lastbn", init_from=str(moved))
     train(config, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # so that the weights are needed again
+    (tmp_path / "run" / "checkpoints").mkdir()
     (tmp_path / "run" / "summary.json").unlink()
     train(tiny_config(method="batchnorm", seed=1, max_steps=3), tmp_path / "other")
     shutil.rmtree(moved)

@@ -213,6 +213,15 @@ def test_a_run_is_not_continued_on_other_images(tiny_config, tmp_path, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
+def test_checkpoints_that_are_gone_are_no_new_beginning(tiny_config, tmp_path):
+    train(tiny_config(max_steps=2), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(UserError, match="whose checkpoints are gone; put the folder"):
+        train(tiny_config(max_steps=4), tmp_path / "run")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == files
+
+
 def test_what_a_kill_in_the_first_moment_leaves_is_no_obstacle(tiny_config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.tmp").write_text("{")

@@ -1,10 +1,11 @@
-"""SIGTERM and SIGINT, at inconvenient moments."""
+"""SIGTERM, SIGINT and SIGHUP, at inconvenient moments."""
 
 import signal
 import time
 
 import pytest
 
+from mimicnorm_jax.train.stopping import Stopped, StopRequest
 from tests.runs import EVERY_STEP, LONG, Run, continues, logged_step, rows, saved_steps
 
 
@@ -66,3 +67,28 @@ def test_a_run_whose_output_nobody_reads_says_so(tiny, run_main):
         process.stdout.close()
         assert process.wait(60) == 1
         assert process.stderr.read() == "error: what was reading the output has ended\n"
+
+
+class TestHangup:
+    """A closed terminal sends SIGHUP; ``nohup`` has it ignored."""
+
+    @pytest.fixture(autouse=True)
+    def _restored(self):
+        before = signal.getsignal(signal.SIGHUP)
+        yield
+        signal.signal(signal.SIGHUP, before)
+
+    def test_stops_as_sigterm_does(self):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            with pytest.raises(Stopped, match="SIGHUP"):
+                stop.raise_if_asked()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+
+    def test_stays_ignored_where_it_is(self):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            stop.raise_if_asked()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN

@@ -29,6 +29,7 @@ from mimicnorm_jax.config import validate
 from mimicnorm_jax.data.splits import Splits, has_test_split, splits_of
 from mimicnorm_jax.errors import RunError, UserError
 from mimicnorm_jax.parallel import make_mesh
+from mimicnorm_jax.paths import define_path
 from mimicnorm_jax.tools.campaign import runs
 from mimicnorm_jax.tools.campaign.agreement import TOLERANCE, differences
 from mimicnorm_jax.tools.campaign.budget import Cost, choose_epochs, fits
@@ -44,8 +45,8 @@ GROUPS = (("imagenet200_32", "resnet18"), ("imagenet200_32", "vgg16"), ("cifar10
 # of one step in float32: a residual network with and without BatchNorms, and one with max-pools
 AGREEMENTS = (("resnet20", "batchnorm"), ("resnet20", "mimicnorm"), ("vgg11", "mimicnorm"))
 
-_DATA = flags.DEFINE_string("data", None, "train: the folder with the data sets' folders.")
-_NUMBERS = flags.DEFINE_string("numbers", None, "The folder where the numbers go.")
+_DATA = define_path("data", None, "train: the folder with the data sets' folders.")
+_NUMBERS = define_path("numbers", None, "The folder where the numbers go.")
 _LIMIT = flags.DEFINE_float("limit", 400.0, "train: seconds in all.", 1.0)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "train: of each run, if time is left.", 1)
 _LEAST = flags.DEFINE_integer("least", 3, "train: epochs of the shortest run worth a start.", 1)

@@ -21,7 +21,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from mimicnorm_jax.data.tfds import PREPARABLE, build_directory
-from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.errors import UserError, refused_by_system, unknown
+from mimicnorm_jax.paths import expanded
 from mimicnorm_jax.tools.prepare_data.build import import_images, prepare
 from mimicnorm_jax.tools.prepare_data.check import check, check_import, missing_archives
 
@@ -29,7 +30,7 @@ _IMPORT = "import"
 
 
 def _path(text: str) -> pathlib.Path:
-    return pathlib.Path(text).expanduser()  # which no shell does in --data-dir=~/data
+    return expanded(text)  # which no shell does in --data-dir=~/data
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,7 +44,6 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "what",
         metavar="DATA_SET|import",
-        choices=(*PREPARABLE, _IMPORT),
         help=f"the data set, {', '.join(PREPARABLE)}; or import, for your own images",
     )
     parser.add_argument(
@@ -64,6 +64,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--label", default="", help="import: the column, or the kind of labels, of several"
     )
     options = parser.parse_args(arguments)
+    if options.what not in (*PREPARABLE, _IMPORT):
+        raise unknown("data set", options.what, (*PREPARABLE, _IMPORT))
     if options.what == _IMPORT:
         _check_import_options(options)
     elif options.source or options.name or options.label:

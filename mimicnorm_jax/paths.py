@@ -1,0 +1,50 @@
+"""Paths as people write them, in every flag and every field alike."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+from absl import flags
+
+flags.disclaim_key_flags()  # those that are defined here are of the modules that ask for it
+
+
+def expanded(path: str | os.PathLike[str]) -> pathlib.Path:
+    """A path in which ``~`` and ``$VARIABLES`` are replaced.
+
+    No shell does that behind ``--flag=``, nor in a configuration. What names nobody's home, or a
+    variable that is not set, stays as it is written.
+
+    Args:
+      path: such as ``"~/photos"`` or ``"$SCRATCH/photos"``.
+    """
+    return pathlib.Path(expanded_text(os.fspath(path)))
+
+
+def expanded_text(text: str) -> str:
+    """The same of text that may be an address, such as ``gs://…``, which is no path."""
+    return os.path.expanduser(os.path.expandvars(text))
+
+
+class _PathParser(flags.ArgumentParser[str]):
+    """Expands the value of a flag."""
+
+    def parse(self, argument: str) -> str:
+        return expanded_text(argument)
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+def define_path(name: str, default: str | None, explained: str) -> flags.FlagHolder[str | None]:
+    """Defines a flag whose value is a path.
+
+    Args:
+      name: of the flag.
+      default: its value where it is not given.
+      explained: what ``--help`` says of it.
+    """
+    return flags.DEFINE(
+        _PathParser(), name, default, explained, serializer=flags.ArgumentSerializer()
+    )
