@@ -116,7 +116,9 @@ def test_is_what_its_twin_of_nnx_becomes():
     for (held, place), slope in zip(names, found, strict=True):
         for name, value in slope.items():
             other = twin_slopes[held][place][name][...]
-            np.testing.assert_allclose(value, other, atol=1e-4, err_msg=f"{place} {name}")
+            # sums of thousands of float32 in another order, which differs between processors
+            atol = 1e-5 * max(10, float(np.abs(other).max()))
+            np.testing.assert_allclose(value, other, atol=atol, err_msg=f"{place} {name}")
     assert set(found[2]) == {"kernel", "bias", "scale"}
     statistics = updates["batch_stats"]["Dense_0"]
     last_bn = twin.dense.last_bn
