@@ -29,6 +29,7 @@ FIELDS: dict[str, Field] = {
     "remat": Field("none", "What the backward pass computes again: nothing, whole blocks, or all but convolutions and matrix products.", REMATS),
     "micro_batches": Field(1, "Parts in which a batch is computed, for its exact gradient in the memory of one part.", **at_least(1, 2**24)),
     "steps_per_call": Field(1, "Steps that a GPU or TPU does without asking the host again, for networks whose steps are short; a CPU always does one.", **at_least(1, 2**10)),
+    "require_same_machine": Field(False, "Refuse to resume where processor, vector instructions, threads, devices, JAX or XLA's flags are others than those that saved: the bits may differ.", **true_or_false()),
     "deterministic": Field(False, "Deterministic GPU kernels, for bit-exact resume on GPUs (slower).", **true_or_false()),
     "num_devices": Field(None, "Devices to use, over all processes; unset uses all.", **at_least(1), kind=int),
     "log_every": Field(10, "Steps between two lines of metrics.", **at_least(1)),

@@ -16,7 +16,6 @@ import pathlib
 import random
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -27,7 +26,12 @@ from mimicnorm_jax.progress_bar import progress_bar
 from mimicnorm_jax.train.checkpoint import DIGEST, Progress, Restored, checkpoint_steps, read
 from mimicnorm_jax.train.experiment import Experiment
 from mimicnorm_jax.train.pretrained import check_pretrained
-from mimicnorm_jax.train.provenance import config_as_json, config_digest, hardware
+from mimicnorm_jax.train.provenance import (
+    config_as_json,
+    config_digest,
+    differences,
+    hardware,
+)
 from mimicnorm_jax.train.setup import configure_jax, set_up
 from mimicnorm_jax.train.state import TrainState, digest, host_copy
 from mimicnorm_jax.train.workdir import check_data, read_json, saved_config
@@ -145,7 +149,6 @@ def verify(
     # each is compared with its digest; all their states at once may not fit
     progress = {step: read_step(step).progress for step in steps}
     check_records(workdir, config, progress)
-    _warn_of_other_hardware(experiment, progress[steps[-1]]["hardware"])
     chosen = intervals(steps)
     if count:
         chosen = sorted(random.Random(seed).sample(chosen, min(count, len(chosen))))
@@ -162,6 +165,11 @@ def verify(
         )
         got = replay(experiment, state, (first, last))
         if got != progress[last][DIGEST]:
+            if differing := differences(progress[last]["hardware"], hardware(experiment.mesh)):
+                raise UserError(
+                    f"{workdir}: whether the checkpoint of step {last} is right cannot be found "
+                    f"out here: the bits differ, and it was made elsewhere: {'; '.join(differing)}"
+                )
             raise VerificationError(
                 f"{workdir}: the checkpoint of step {last} is not what the configuration makes of "
                 f"{f'that of step {first}' if first else 'the initial state'}: its {DIGEST} is "
@@ -169,19 +177,6 @@ def verify(
             )
         print(f"steps {first} to {last}: the same, {DIGEST} {got[:12]}…", flush=True)
     return chosen
-
-
-def _warn_of_other_hardware(experiment: Experiment, before: dict[str, Any]) -> None:
-    now = hardware(experiment.mesh)
-    differing = [
-        f"{name} {before[name]}, here {now[name]}" for name in now if before[name] != now[name]
-    ]
-    if differing:
-        print(
-            f"WARNING: the run was made elsewhere ({'; '.join(differing)}): the bits may differ "
-            "for that alone",
-            file=sys.stderr,
-        )
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

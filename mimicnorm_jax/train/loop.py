@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mimicnorm_jax.errors import RunError, refused_by_system
+from mimicnorm_jax.errors import RunError, UserError, refused_by_system
 from mimicnorm_jax.parallel import coordination, replicate
 from mimicnorm_jax.train import messages
 from mimicnorm_jax.train.calibrated import Calibration, calibrate, write_calibrations
@@ -24,7 +24,12 @@ from mimicnorm_jax.train.lock import WorkdirLock
 from mimicnorm_jax.train.metrics import Pending, evaluations
 from mimicnorm_jax.train.opening import check_run, explained, opened
 from mimicnorm_jax.train.progress import Progress, Throughput
-from mimicnorm_jax.train.provenance import config_as_json, config_digest, hardware
+from mimicnorm_jax.train.provenance import (
+    config_as_json,
+    config_digest,
+    differences,
+    hardware,
+)
 from mimicnorm_jax.train.records import Records
 from mimicnorm_jax.train.setup import set_up_together
 from mimicnorm_jax.train.state import TrainState, host_copy
@@ -136,8 +141,20 @@ class _Loop:
             return
         self._state = replicate(restored.state, experiment.mesh)
         self._saved_on = restored.progress["hardware"]
+        coordination.together("machine", self._check_machine)
         rows = coordination.exchange("evaluations", evaluations(self._workdir))[0]
         self._records.restore(restored.progress["since_log"], rows, int(restored.state.step))
+
+    def _check_machine(self) -> None:
+        """Refuses to go on where ``config.require_same_machine`` says so."""
+        now = hardware(self._experiment.mesh)
+        differing = differences(self._saved_on, now) if coordination.is_first() else []
+        if differing and self._config.require_same_machine:
+            raise UserError(
+                f"--workdir={self._workdir} was saved on another machine, or by other versions: "
+                f"{'; '.join(differing)}; to go on all the same: "
+                "--config.require_same_machine=false"
+            )
 
     def run(self) -> Summary | None:
         """Runs to the end and returns the summary, or None after a stop signal."""

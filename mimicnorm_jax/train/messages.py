@@ -16,7 +16,7 @@ from mimicnorm_jax.layers import last_bn_loss_floor
 from mimicnorm_jax.layers.loss_floor import expected_loss_floor
 from mimicnorm_jax.train.experiment import Experiment
 from mimicnorm_jax.train.pretrained import Pretrained, Start
-from mimicnorm_jax.train.provenance import hardware
+from mimicnorm_jax.train.provenance import differences, hardware
 from mimicnorm_jax.train.workdir import Summary
 
 _MUCH_ABOVE = 0.25  # nats
@@ -133,6 +133,11 @@ def resumed(experiment: Experiment, step: int, before: dict[str, Any]) -> str:
     config, now = experiment.config, hardware(experiment.mesh)
     line = f"resumed from the checkpoint of step {step}"
     if all(before[name] == now[name] for name in ("num_devices", "num_processes")):
+        if differing := differences(before, now):
+            line += (
+                f"\nNOTE: saved on another machine, or by other versions ({'; '.join(differing)}): "
+                "the bits may differ from those of a run that was not interrupted"
+            )
         return line
     line += (
         f", saved by {before['num_processes']} process(es) with {before['num_devices']} "

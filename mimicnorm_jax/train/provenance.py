@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -39,14 +40,62 @@ def config_digest(fields: dict[str, Any]) -> str:
 
 
 def hardware(mesh: Mesh) -> dict[str, Any]:
-    """What else decides the bits of a result: the devices, and the compiler's version."""
+    """What else decides the bits of a result: the devices, the compiler, and on CPUs the machine.
+
+    XLA adds in another order for another set of instructions, and splits products by the number of
+    threads.
+    """
+    device = mesh.devices.flat[0]
+    of_machine = {"processor": _processor(), "instructions": _instructions(), "threads": _threads()}
     return {
-        "device_kind": mesh.devices.flat[0].device_kind,
+        "device_kind": device.device_kind,
         "num_devices": mesh.size,
         "num_processes": jax.process_count(),
         "jax_version": jax.__version__,
+        "jaxlib_version": _version("jaxlib"),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        **(of_machine if device.platform == "cpu" else {}),
     }
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In words, in what two results of ``hardware`` differ, as far as both tell of it."""
+    return [
+        f"{name.replace('_', ' ')} {before[name] or 'none'}, now {now[name] or 'none'}"
+        for name in now
+        if name in before and before[name] != now[name]
+    ]
+
+
+@functools.cache
+def _cpu_info() -> dict[str, str]:
+    """What Linux says of the first processor; empty elsewhere."""
+    try:
+        text = pathlib.Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    lines = (line.partition(":") for line in text.partition("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
+
+
+def _processor() -> str:
+    return _cpu_info().get("model name") or platform.processor() or platform.machine()
+
+
+def _instructions() -> str:
+    """The widest vector instructions."""
+    there = (_cpu_info().get("flags") or _cpu_info().get("Features") or "").split()
+    known = ("amx_tile", "avx512f", "avx2", "avx", "sve2", "sve", "asimd")
+    return next((name for name in known if name in there), platform.machine())
+
+
+def _threads() -> int:
+    """Those of XLA's pool, which it sizes when a process starts."""
+    asked = os.environ.get("NPROC", "")
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    affinity = getattr(os, "sched_getaffinity", None)  # which macOS and Windows have not
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _version(package: str) -> str | None:

@@ -136,3 +136,19 @@ def test_what_is_no_run_is_one_line(tmp_path, run, capsys):
 def test_intervals_begin_with_the_initial_state():
     assert intervals([5]) == [(0, 5)]
     assert intervals([2, 4, 9]) == [(0, 2), (2, 4), (4, 9)]
+
+
+def test_other_bits_of_another_machine_are_no_proof(honest, monkeypatch, capsys):
+    monkeypatch.setattr(module, "replay", lambda *_: "0" * 64)
+    with pytest.raises(SystemExit) as ended:
+        main([str(honest), "--intervals=1"])
+    assert ended.value.code == 1 and "is not what the configuration" in capsys.readouterr().err
+    hardware = module.hardware
+    monkeypatch.setattr(module, "hardware", lambda mesh: hardware(mesh) | {"threads": 77})
+    with pytest.raises(SystemExit) as ended:
+        main([str(honest), "--intervals=1"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "cannot be found out here" in said and "now 77" in said
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "hardware", lambda mesh: hardware(mesh) | {"threads": 77})
+    assert len(verify(honest, count=1)) == 1  # equal bits are a proof, wherever they are found

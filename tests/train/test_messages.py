@@ -19,6 +19,8 @@ def test_only_what_normalizes_per_device_is_warned_of(overrides, warns, tiny_con
     experiment = set_up(tiny_config(num_devices=4, **overrides))
     same = hardware(experiment.mesh)
     assert resumed(experiment, 7, same) == "resumed from the checkpoint of step 7"
+    line = resumed(experiment, 7, same | {"threads": 99})
+    assert "threads 99, now" in line and "the bits may differ" in line
     line = resumed(experiment, 7, same | {"num_devices": 2, "num_processes": 2})
     assert "saved by 2 process(es) with 2 device(s): the same run, but not bit for bit" in line
     assert ("WARNING: batchnorm normalizes per device" in line) == warns

@@ -9,9 +9,11 @@ import jax
 import pytest
 
 from mimicnorm_jax.config import FREE_FIELDS
+from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.train import provenance
 from mimicnorm_jax.train.loop import train
 from mimicnorm_jax.train.provenance import code, config_as_json, config_digest
+from mimicnorm_jax.train.setup import set_up
 
 
 def test_the_summary_records_what_a_run_was_made_with(tiny_config, tmp_path, monkeypatch):
@@ -63,3 +65,38 @@ def test_the_commit_and_whether_files_were_changed_since(checkout):
     assert code() == {"git_commit": commit, "git_dirty": False}
     (package / "__init__.py").write_text("1 + 1\n")
     assert code() == {"git_commit": commit, "git_dirty": True}
+
+
+class TestMachine:
+    def test_what_decides_bits_on_cpus_is_recorded(self, tiny_config, monkeypatch):
+        mesh = set_up(tiny_config(network="mlp")).mesh
+        found = provenance.hardware(mesh)
+        assert found["processor"] and found["instructions"] and found["threads"] >= 1
+        assert found["jaxlib_version"] == importlib.metadata.version("jaxlib")
+        monkeypatch.setenv("NPROC", "3")
+        assert provenance.hardware(mesh) == found | {"threads": 3}
+
+    def test_differences_in_words(self):
+        before = {"threads": 2, "xla_flags": "", "num_devices": 1}
+        now = {"threads": 8, "xla_flags": "--a", "num_devices": 1, "instructions": "avx2"}
+        assert provenance.differences(before, now) == [
+            "threads 2, now 8",
+            "xla flags none, now --a",
+        ]
+
+    def test_a_moved_run_says_so_or_refuses(self, tiny_config, tmp_path, monkeypatch, capsys):
+        config = tiny_config(network="mlp", max_steps=2)
+        train(config, tmp_path / "run")
+        monkeypatch.setenv("NPROC", "77")
+        strict = tiny_config(network="mlp", max_steps=3, require_same_machine=True)
+        with pytest.raises(UserError, match=r"was saved on another machine, .*threads \d+, now 77"):
+            train(strict, tmp_path / "run")
+        capsys.readouterr()
+        train(tiny_config(network="mlp", max_steps=3), tmp_path / "run")
+        said = capsys.readouterr().out
+        assert "now 77): the bits may differ from those of a run that was not interrupted" in said
+        monkeypatch.delenv("NPROC")
+        train(tiny_config(network="mlp", max_steps=4), tmp_path / "run")
+        capsys.readouterr()
+        train(tiny_config(network="mlp", max_steps=5, require_same_machine=True), tmp_path / "run")
+        assert "the bits may differ" not in capsys.readouterr().out
