@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from absl import logging
 from ml_collections import ConfigDict
 
-from mimicnorm_jax.errors import UserError, first_line
+from mimicnorm_jax.errors import RunError, UserError, first_line
 from mimicnorm_jax.parallel import replicate
 from mimicnorm_jax.progress_bar import progress_bar
 from mimicnorm_jax.train.checkpoint import DIGEST, Progress, Restored, checkpoint_steps, read
@@ -141,6 +141,8 @@ def verify(
     def read_step(step: int) -> Restored:
         try:
             return read(directory, step, experiment.abstract_state)
+        except RunError:  # no word on what it holds
+            raise
         except Exception as error:  # whatever a damaged file makes a decoder raise
             raise VerificationError(
                 f"{workdir}: the checkpoint of step {step}: {first_line(error)}"
@@ -202,9 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     logging.set_verbosity(logging.FATAL)  # Orbax tells of every file it reads
     try:
         verify(options.run, count=options.intervals, seed=options.seed, data_dir=options.data_dir)
-    except (UserError, VerificationError) as error:
+    except (UserError, RunError, VerificationError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        sys.exit(1 if isinstance(error, VerificationError) else 2)
     print("verified")
 
 

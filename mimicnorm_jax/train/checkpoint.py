@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import os
 import pathlib
 import shutil
 import sys
@@ -22,6 +23,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from mimicnorm_jax.errors import RunError, UserError, first_line
 from mimicnorm_jax.parallel import coordination
 from mimicnorm_jax.train.state import TrainState, digest
+from mimicnorm_jax.train.unreadable import why_unreadable
 
 Progress = dict[str, Any]
 DIGEST = "state_sha256"
@@ -36,8 +38,17 @@ class Restored(NamedTuple):
 
 
 def checkpoint_steps(directory: pathlib.Path) -> list[int]:
-    """Steps of the checkpoints in a folder, damaged ones included, in order."""
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    """Steps of the checkpoints in a folder, damaged ones included, in order.
+
+    Raises:
+      RunError: the system does not list it.
+    """
+    try:
+        names = os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    except OSError as error:
+        raise RunError(f"{directory} cannot be read now: {error.strerror or error}") from error
     return sorted(int(name) for name in names if name.isdecimal())
 
 
@@ -48,7 +59,10 @@ def latest_step(directory: pathlib.Path) -> int:
 
 def kept_step(directory: pathlib.Path) -> str:
     """In words, what a run that fails can be resumed from."""
-    step = latest_step(directory)
+    try:
+        step = latest_step(directory)
+    except RunError as error:
+        return str(error)
     return f"the checkpoint of step {step} is kept in {directory}" if step else "no step is kept"
 
 
@@ -98,8 +112,22 @@ def read(directory: pathlib.Path, step: int, target: TrainState) -> Restored:
 
     Raises:
       ValueError: the state has another digest than the one saved with it.
+      RunError: the system does not hand it out, for want of permission or memory, or because a
+        disk fails; its content may be right.
       Exception: whatever a damaged file makes a decoder raise.
     """
+    try:
+        return _read(directory, step, target)
+    except Exception as error:
+        if reason := why_unreadable(error, directory / str(step)):
+            raise RunError(
+                f"the checkpoint of step {step} in {directory} cannot be read now: {reason}; it "
+                "stays as it is; mend the cause and try again"
+            ) from error
+        raise
+
+
+def _read(directory: pathlib.Path, step: int, target: TrainState) -> Restored:
     with contextlib.closing(
         ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=_alone())
     ) as checkpointer:
@@ -109,10 +137,22 @@ def read(directory: pathlib.Path, step: int, target: TrainState) -> Restored:
                 state=ocp.args.StandardRestore(target), progress=ocp.args.JsonRestore()
             ),
         )
+    _check_progress(restored.progress)
     # Neither the compression nor the file system promises to notice a block of zeros.
     if digest(restored.state) != restored.progress[DIGEST]:
         raise ValueError("its digest is not the one saved with it")
     return Restored(restored.state, restored.progress)
+
+
+def _check_progress(progress: Any) -> None:
+    """Raises ``ValueError`` unless it has what ``Checkpoints.save`` was given."""
+    kinds = {DIGEST: str, "config_sha256": str, "hardware": dict, "since_log": list}
+    for name, kind in kinds.items():
+        if not isinstance(progress, dict) or not isinstance(progress.get(name), kind):
+            raise ValueError(f"its progress has no {name}, or one of another kind")
+    for row in progress["since_log"]:
+        if not isinstance(row, dict) or not all(type(v) in (int, float) for v in row.values()):
+            raise ValueError("its progress has a since_log that is not of metrics")
 
 
 class Checkpoints:
@@ -202,7 +242,8 @@ class Checkpoints:
             can take their place.
 
         Raises:
-          UserError: there are checkpoints, and none of them can be read.
+          UserError: there are checkpoints, and all of them are damaged.
+          RunError: one cannot be read now, and may be right.
         """
         restored, damaged = self._first_readable(checkpoint_steps(self.directory)[::-1], target)
         if damaged and set_aside and coordination.is_first():
@@ -218,7 +259,8 @@ class Checkpoints:
           accuracies: by step; of equal ones the first counts, of steps without one the last.
 
         Raises:
-          UserError: there is none, or none that can be read.
+          UserError: there is none, or all are damaged.
+          RunError: one cannot be read now, and may be right.
         """
         steps = checkpoint_steps(self.directory)
         known = sorted(accuracies.keys() & steps, key=lambda step: (-accuracies[step], step))
@@ -240,6 +282,8 @@ class Checkpoints:
             restored, reason = None, ""
             try:
                 restored = read(self.directory, step, target)
+            except RunError:  # no word on its content: the run ends, and the others with it
+                raise
             except Exception as error:  # whatever a damaged file makes a decoder raise
                 reason = _reason(error)
             reasons = coordination.exchange(f"checkpoint {step}", reason)
@@ -263,11 +307,11 @@ class Checkpoints:
 
     def _set_aside(self, damaged: list[int]) -> None:
         aside = self.directory.parent / "damaged"
-        print(f"WARNING: moved to {aside}; the checkpoint before it is used", file=sys.stderr)
         aside.mkdir(exist_ok=True)
         for step in damaged:
             shutil.rmtree(aside / str(step), ignore_errors=True)
             (self.directory / str(step)).rename(aside / str(step))
+        print(f"WARNING: moved to {aside}; the checkpoint before it is used", file=sys.stderr)
 
     def close(self) -> None:
         """Waits until everything is on disk; raises ``RunError`` if it could not be written."""
