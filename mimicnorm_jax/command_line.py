@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import sys
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NoReturn
 
@@ -14,16 +16,35 @@ from ml_collections import ConfigDict, config_flags
 
 from mimicnorm_jax.config import FIELDS
 from mimicnorm_jax.config.packaged import find_config, shown
-from mimicnorm_jax.errors import RunError, UserError, first_line, unknown
+from mimicnorm_jax.errors import (
+    RunError,
+    UserError,
+    first_line,
+    of_system,
+    one_line,
+    print_anything,
+    unknown,
+)
+from mimicnorm_jax.flag_values import check_numbers, read_values
 from mimicnorm_jax.guest import process_left_as_it_was
 from mimicnorm_jax.parallel import coordination
 from mimicnorm_jax.parallel.coordination import Failure
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "The configuration: a Python file, or the name of one that comes with the project.",
-)
+
+def _define_config() -> flags.FlagHolder[ConfigDict]:
+    # It reads the command line when it is defined, before anyone could say what is wrong there.
+    arguments, sys.argv = sys.argv, sys.argv[:1]
+    try:
+        return config_flags.DEFINE_config_file(
+            "config",
+            None,
+            "The configuration: a Python file, or the name of one that comes with the project.",
+        )
+    finally:
+        sys.argv = arguments
+
+
+_CONFIG = _define_config()
 
 _SAVED_CONFIG = pathlib.Path(__file__).parent / "train" / "saved.py"
 
@@ -62,7 +83,7 @@ def _parse(argv: list[str], saved_in: SavedIn | None) -> list[str]:
     try:
         argv = [argv[0], *flags.FLAGS.read_flags_from_files(argv[1:])]
     except flags.Error as error:
-        raise UserError(first_line(error)) from error
+        raise UserError(first_line(error).removeprefix("ERROR:: ")) from error
     if saved_in and given(argv, "config") is None and (run := saved_in(argv)):
         argv = [argv[0], f"--config={_SAVED_CONFIG}:{run}", *argv[1:]]
     for argument in argv[1:]:
@@ -71,7 +92,7 @@ def _parse(argv: list[str], saved_in: SavedIn | None) -> list[str]:
             raise _config_is_missing(saved_in)
         if name.startswith("config.") and name.removeprefix("config.") not in FIELDS:
             raise unknown("field", f"--{name}", [f"--config.{field}" for field in FIELDS])
-    argv, path = list(argv), None
+    (argv, unset), path = read_values(argv), None
     for i, argument in enumerate(argv):
         if argument.startswith("--config="):
             path = argument.partition("=")[2]
@@ -87,11 +108,33 @@ def _parse(argv: list[str], saved_in: SavedIn | None) -> list[str]:
             first = first.__context__
         if isinstance(first, UserError):  # of the file that --config names
             raise first from None
+        if "Error whilst parsing config file" in str(error):
+            raise _config_failed(str(path), first) from error
         raise UserError(str(error).splitlines()[0]) from error
     except Exception as error:  # a config file is a program: it can fail in any way
-        reason = first_line(error).partition(" Other fields present")[0]
-        raise UserError(f"--config={path} failed: {type(error).__name__}: {reason}") from error
+        raise _config_failed(str(path), error) from error
+    check_numbers()
+    if isinstance(_CONFIG.value, ConfigDict):  # else ``validate`` says what it is
+        with contextlib.suppress(KeyError):  # likewise
+            _CONFIG.value.update_from_flattened_dict(dict.fromkeys(unset))
     return rest
+
+
+def _config_failed(path: str, error: BaseException) -> UserError:
+    """What a config file raised, and in which of its lines."""
+    reason = first_line(error).partition(" Other fields present")[0]
+    if isinstance(error, SyntaxError):
+        where = f" (line {error.lineno})" if error.lineno else ""
+        return UserError(f"--config={path} is no Python file: {error.msg}{where}")
+    file, colon, argument = find_config(path).partition(":")
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(file)]
+    if not lines and colon and isinstance(error, TypeError):
+        return UserError(
+            f"--config={path}: its get_config() takes no argument, and so not {argument!r}"
+        )
+    where = f" (line {lines[-1]})" if lines else ""
+    return UserError(f"--config={path} failed: {type(error).__name__}: {reason}{where}")
 
 
 def _config_is_missing(saved_in: SavedIn | None) -> UserError:
@@ -134,6 +177,7 @@ def run_program(
     Returns:
       The exit code.
     """
+    print_anything()
     programs = program if isinstance(program, Mapping) else {"": program}
 
     def parse(argv: list[str]) -> list[str]:
@@ -171,6 +215,8 @@ def run_program(
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python fails once more when it ends
         _fail(Failure(1, "what was reading the output has ended"))
+    except OSError as error:  # a program that measures has no run that it could explain it by
+        _fail(Failure(1, of_system(error)))
     except KeyboardInterrupt:
         _fail(Failure(130, "interrupted"))
     except Exception as error:
@@ -192,6 +238,8 @@ def _called(program: Callable[[], None], argv: Sequence[str]) -> int:
         return _say(Failure(2, str(error)))
     except RunError as error:
         return _say(Failure(1, str(error)))
+    except OSError as error:
+        return _say(Failure(1, of_system(error)))
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     finally:
@@ -219,5 +267,5 @@ def _fail(failure: Failure) -> NoReturn:
 
 
 def _say(failure: Failure) -> int:
-    print(f"error: {failure.message}", file=sys.stderr)
+    print(f"error: {one_line(failure.message)}", file=sys.stderr)
     return failure.code

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import io
+import os
+import sys
 from collections.abc import Iterable, Iterator
 
-_MOST_LISTED = 30  # names, where the nearest is said
+_MOST_LISTED = 30  # names
+_MOST_PRINTED = 300  # characters of the beginning and of the end of a message
+_LONGEST = 80  # characters of what was given
 
 
 class UserError(ValueError):
@@ -41,9 +46,38 @@ def refused_by_system(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {error.strerror or error}") from error
 
 
+def of_system(error: OSError) -> str:
+    """What the system refuses, and of which file."""
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    return f"{where}{error.strerror or error}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its name where it has none."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def one_line(message: str) -> str:
+    """A message as a program prints it: without line breaks, and no longer than a person reads."""
+    line = " ".join(message.splitlines())
+    return (
+        line
+        if len(line) <= 2 * _MOST_PRINTED
+        else f"{line[:_MOST_PRINTED]} … {line[-_MOST_PRINTED:]}"
+    )
+
+
+def print_anything() -> None:
+    """Lets this process print what its terminal has no letters for: as escapes, not as an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook has its own
+            stream.reconfigure(errors="backslashreplace")
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, and no more of it than a line has room for."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 def unknown(kind: str, given: object, allowed: Iterable[str]) -> UserError:
@@ -62,6 +96,8 @@ def unknown(kind: str, given: object, allowed: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(str(given), names, n=1)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     if near and len(names) > _MOST_LISTED:
-        return UserError(f"unknown {kind} {given!r}{hint}")
-    listed = ", ".join(names) if names else "none"
-    return UserError(f"unknown {kind} {given!r}{hint}; allowed: {listed}")
+        return UserError(f"unknown {kind} {shown(given)}{hint}")
+    listed = ", ".join(names[:_MOST_LISTED]) if names else "none"
+    if len(names) > _MOST_LISTED:
+        listed += f" and {len(names) - _MOST_LISTED} more"
+    return UserError(f"unknown {kind} {shown(given)}{hint}; allowed: {listed}")

@@ -7,6 +7,8 @@ import pathlib
 
 from absl import flags
 
+from mimicnorm_jax.errors import UserError, shown
+
 flags.disclaim_key_flags()  # those that are defined here are of the modules that ask for it
 
 
@@ -23,7 +25,13 @@ def expanded(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def expanded_text(text: str) -> str:
-    """The same of text that may be an address, such as ``gs://…``, which is no path."""
+    """The same of text that may be an address, such as ``gs://…``, which is no path.
+
+    Raises:
+      UserError: it has a zero byte, which no system takes in a path.
+    """
+    if "\0" in text:
+        raise UserError(f"{shown(text)} is no path: it has a zero byte")
     return os.path.expanduser(os.path.expandvars(text))
 
 

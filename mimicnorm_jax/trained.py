@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import pathlib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -95,7 +94,7 @@ class TrainedNetwork:
         name = f"of {len(image)} bytes" if isinstance(image, bytes) else str(image)
         if not isinstance(image, bytes):
             with refused_by_system(f"cannot read image {name}"):
-                image = _content(expanded(image))
+                image = expanded(image).read_bytes()
         try:
             return decode(image, upright=self.description.view.upright)
         except Exception as error:  # whatever a damaged file makes a decoder raise
@@ -168,13 +167,6 @@ class TrainedNetwork:
         x = x / np.asarray(self.temperature or 1.0, x.dtype)
         e = np.exp(x - x.max(-1, keepdims=True))
         return e / e.sum(-1, keepdims=True)
-
-
-def _content(path: pathlib.Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except ValueError as error:  # such as a path with a zero
-        raise UserError(f"cannot read image {str(path)!r}: {error}") from error
 
 
 def _checked(image: np.ndarray) -> np.ndarray:

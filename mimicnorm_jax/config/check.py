@@ -9,9 +9,11 @@ from ml_collections import ConfigDict
 
 from mimicnorm_jax.config.data import ENCODED, GENERATED
 from mimicnorm_jax.config.fields import FIELDS, default_config, flatten
-from mimicnorm_jax.errors import UserError, unknown
+from mimicnorm_jax.errors import UserError, shown, unknown
 from mimicnorm_jax.methods import METHODS, Method, create_method
 from mimicnorm_jax.models import network_options
+
+_LARGEST = 2**40  # whole number: beyond it is a slip of the hand, in every field
 
 
 def validate(config: ConfigDict) -> None:
@@ -33,12 +35,18 @@ def validate(config: ConfigDict) -> None:
         if name not in values:
             raise UserError(f"config.{name} is missing; start from default_config()")
         value = values[name]
+        if isinstance(value, str) and "\0" in value:
+            raise UserError(f"config.{name} = {shown(value)} is not allowed: it has a zero byte")
+        if isinstance(value, int) and abs(value) > _LARGEST:
+            raise UserError(f"config.{name} = {shown(value)} is not allowed: it is too large")
         if value is None and field.default is None:
             continue
         if field.choices and value not in field.choices:
             raise unknown(f"config.{name}", value, field.choices)
         if not field.accepts(value):
-            raise UserError(f"config.{name} = {value!r} is not allowed; allowed: {field.allowed}")
+            raise UserError(
+                f"config.{name} = {shown(value)} is not allowed; allowed: {field.allowed}"
+            )
     _validate_schedule(config)
     _validate_data(config)
     method_of(config)

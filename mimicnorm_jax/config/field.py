@@ -39,7 +39,12 @@ class Field:
         """Whether a value is in the allowed range."""
         try:
             return self.check is None or self.check(value)
-        except (TypeError, ValueError, OverflowError):  # such as a word among numbers
+        except (
+            AttributeError,
+            TypeError,
+            ValueError,
+            OverflowError,
+        ):  # such as a word among numbers
             return False
 
     def describe(self) -> str:

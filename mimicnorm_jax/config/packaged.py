@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pathlib
 
-from mimicnorm_jax.errors import UserError, unknown
+from mimicnorm_jax.errors import UserError, refused_by_system, unknown
+from mimicnorm_jax.paths import expanded_text
 
 
 def config_files() -> dict[str, pathlib.Path]:
@@ -28,9 +29,11 @@ def find_config(given: str) -> str:
     Raises:
       UserError: there is no such file, and no such name.
     """
-    name, colon, argument = given.partition(":")
-    if pathlib.Path(name).is_file():
-        return given
+    name, colon, argument = expanded_text(given).partition(":")
+    with refused_by_system(f"--config={given} cannot be read"):
+        is_file = pathlib.Path(name).is_file()
+    if is_file:
+        return f"{name}{colon}{argument}"
     files = config_files()
     if name in files:
         return f"{files[name]}{colon}{argument}"

@@ -16,9 +16,10 @@ from mimicnorm_jax.export.metadata import FORMAT
 from mimicnorm_jax.export.safetensors import CONFIG, WEIGHTS, load_safetensors
 from mimicnorm_jax.models import create_model
 from mimicnorm_jax.train.description import Description, parse_description
+from mimicnorm_jax.train.json_files import read_json
 from mimicnorm_jax.train.program import network_arguments
 from mimicnorm_jax.train.restored import RestoredNetwork
-from mimicnorm_jax.train.workdir import read_json, with_fields
+from mimicnorm_jax.train.workdir import with_fields
 
 # What decides which network a run has. Its other fields say where data lie, and need not travel.
 _OF_NETWORK = ("network", "method", "width", "weight_mean", "center")
@@ -61,7 +62,7 @@ def restore_export(folder: pathlib.Path) -> RestoredNetwork:
         )
     try:
         config = with_fields(default_config(), build["config"], path)
-        description = parse_description(build["description"])
+        description = parse_description(build["description"], str(path))
         step, temperature = int(values["run"]["step"]), values["temperature"]
     except (LookupError, TypeError, ValueError) as error:
         if isinstance(error, UserError):

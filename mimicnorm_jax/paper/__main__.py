@@ -8,17 +8,16 @@ python -m mimicnorm_jax.paper figure10 --out figures --data DIR  # DIR/train/<cl
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 
-from mimicnorm_jax.errors import UserError, unknown
+from mimicnorm_jax.arguments import Parser, run
+from mimicnorm_jax.errors import unknown
 from mimicnorm_jax.paths import expanded
 
 
 def _parse(arguments: Sequence[str] | None, names: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m mimicnorm_jax.paper", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser("python -m mimicnorm_jax.paper", str(__doc__))
     parser.add_argument(
         "figures",
         nargs="+",
@@ -44,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from mimicnorm_jax.paper.drawing import load, make_folder, write
     from mimicnorm_jax.paper.figures import FIGURES
 
-    try:
+    def program() -> None:
         options = _parse(arguments, list(FIGURES))
         data = load(options.data)
         make_folder(options.out)
@@ -55,9 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             began = time.monotonic()
             write(name, figure, figure.compute(data, options.quick), options.out)
             print(f"  {options.out / name}.png, {time.monotonic() - began:.0f} s", flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+
+    run(program)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from mimicnorm_jax.errors import RunError, UserError, first_line
+from mimicnorm_jax.errors import RunError, UserError, first_line, one_line
 
 T = TypeVar("T")
 
@@ -163,7 +163,7 @@ def fail(failure: Failure) -> NoReturn:
     if not is_first():
         time.sleep(_GRACE / 2)
     if is_first() or failures().get(0, Failure(0, "")).message != failure.message:
-        print(f"error: {_own_name()}{failure.message}", file=sys.stderr, flush=True)
+        print(f"error: {_own_name()}{one_line(failure.message)}", file=sys.stderr, flush=True)
     leave(failure.code)
 
 
@@ -172,7 +172,7 @@ def fail_with(others: dict[int, Failure]) -> NoReturn:
     process, failure = min(others.items())
     message = f"{name_of(process)} ended: {failure.message}"
     _tell(_FAILURES, Failure(1, message))
-    print(f"error: {_own_name()}{message}", file=sys.stderr, flush=True)
+    print(f"error: {_own_name()}{one_line(message)}", file=sys.stderr, flush=True)
     leave(failure.code)
 
 

@@ -25,13 +25,15 @@ _DISTRIBUTED = flags.DEFINE_enum(
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, where no cluster tells it."
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num-processes", None, "Number of processes, likewise.", 1)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num-processes", None, "Number of processes, likewise.", 1, 1_000_000
+)
 _PROCESS_ID = flags.DEFINE_integer("process-id", None, "Index of this process, likewise.", 0)
 _WAIT_SECONDS = flags.DEFINE_float(
-    "wait-seconds", 300.0, "How long to wait for the other processes at the start.", 1.0
+    "wait-seconds", 300.0, "How long to wait for the other processes at the start.", 1.0, 1e6
 )
 _HEARTBEAT_SECONDS = flags.DEFINE_integer(
-    "heartbeat-seconds", 60, "A process that is silent for so long is given up.", 5
+    "heartbeat-seconds", 60, "A process that is silent for so long is given up.", 5, 1_000_000
 )
 
 

@@ -37,8 +37,9 @@ from mimicnorm_jax.parallel import make_mesh
 from mimicnorm_jax.paths import define_path, expanded
 from mimicnorm_jax.tools.predict import images_in
 from mimicnorm_jax.tools.report import WHICH
+from mimicnorm_jax.train.json_files import read_json
 from mimicnorm_jax.train.setup import configure_jax, silence_false_alarms
-from mimicnorm_jax.train.workdir import read_json, saved_config
+from mimicnorm_jax.train.workdir import saved_config
 from mimicnorm_jax.trained import TrainedNetwork, load
 
 FORMATS = ("onnx", "stablehlo", "safetensors")

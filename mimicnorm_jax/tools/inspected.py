@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from mimicnorm_jax.data.augment import normalize
 from mimicnorm_jax.data.pipeline import Pipeline
 from mimicnorm_jax.data.splits import splits_of
-from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.errors import UserError, refused_by_system
 from mimicnorm_jax.parallel import make_mesh
 from mimicnorm_jax.precision import resolve_precision
 from mimicnorm_jax.train.checkpoint import Checkpoints
@@ -35,7 +35,9 @@ def restore(config: ConfigDict, workdir: pathlib.Path) -> TrainState:
       UserError: it is none, of another configuration, or has no checkpoint that can be read.
     """
     directory = workdir / "checkpoints"
-    if not directory.is_dir() or not (workdir / "config.json").is_file():
+    with refused_by_system(f"--checkpoint={workdir} cannot be read"):
+        is_run = directory.is_dir() and (workdir / "config.json").is_file()
+    if not is_run:
         raise UserError(f"--checkpoint={workdir} is not the folder of a run with checkpoints")
     if differing := other_fields(workdir, config):
         raise UserError(

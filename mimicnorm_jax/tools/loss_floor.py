@@ -13,11 +13,12 @@ from absl import flags
 from matplotlib.figure import Figure
 
 from mimicnorm_jax import command_line
-from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.errors import UserError, refused_by_system, shown
 from mimicnorm_jax.layers.loss_floor import expected_loss_floor
 from mimicnorm_jax.tools.report import PLOT, check_output
 
 _DRAWS = 1000
+_MOST = 1_000_000  # classes, or examples in a batch
 for _name in ("plot",):  # shown by --help
     flags.declare_key_flag(_name)
 
@@ -69,9 +70,10 @@ def _numbers(flag: flags.FlagHolder[list[str]], least: int) -> list[int]:
         found = sorted({int(text) for text in flag.value})
     except ValueError:
         found = []
-    if not found or found[0] < least:
+    if not found or found[0] < least or found[-1] > _MOST:
         raise UserError(
-            f"--{flag.name}={given} are no numbers of at least {least}, such as {least},16"
+            f"--{flag.name}={shown(given)[1:-1]} are no numbers from {least} to {_MOST}, such as "
+            f"{least},16"
         )
     return found
 

@@ -6,13 +6,15 @@ python -m mimicnorm_jax.tools.networks --image_size=32 --num_classes=100
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 from flax import nnx
 
+from mimicnorm_jax import command_line
 from mimicnorm_jax.layers.scaled import ScaledKernel
 from mimicnorm_jax.methods import Method, create_method
 from mimicnorm_jax.models import BRANCHED, NETWORKS, create_model
@@ -98,16 +100,16 @@ def table_line(network: str, *, image_size: int, num_classes: int) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-def main() -> None:
-    """Prints the table, line by line."""
+def _run() -> None:
+    print("| " + " | ".join(TITLES) + " |\n|" + " --- |" * len(TITLES))
+    sizes = {"image_size": _IMAGE_SIZE.value, "num_classes": _NUM_CLASSES.value}
+    for network in NETWORKS:
+        print(table_line(network, **sizes), flush=True)
 
-    def run(_: list[str]) -> None:
-        print("| " + " | ".join(TITLES) + " |\n|" + " --- |" * len(TITLES))
-        sizes = {"image_size": _IMAGE_SIZE.value, "num_classes": _NUM_CLASSES.value}
-        for network in NETWORKS:
-            print(table_line(network, **sizes), flush=True)
 
-    app.run(run)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the program; arguments and result as those of ``mimicnorm_jax.main.main``."""
+    return command_line.run_program({"": _run}, without_config={""}, argv=argv)
 
 
 if __name__ == "__main__":

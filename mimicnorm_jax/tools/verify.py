@@ -14,17 +14,19 @@ import contextlib
 import itertools
 import pathlib
 import random
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import logging
 from ml_collections import ConfigDict
 
+from mimicnorm_jax.arguments import Parser, run
 from mimicnorm_jax.errors import RunError, UserError, first_line
 from mimicnorm_jax.parallel import replicate
+from mimicnorm_jax.paths import expanded
 from mimicnorm_jax.progress_bar import progress_bar
 from mimicnorm_jax.train.checkpoint import DIGEST, Progress, Restored, checkpoint_steps, read
 from mimicnorm_jax.train.experiment import Experiment
+from mimicnorm_jax.train.json_files import read_json
 from mimicnorm_jax.train.pretrained import check_pretrained
 from mimicnorm_jax.train.provenance import (
     config_as_json,
@@ -34,13 +36,24 @@ from mimicnorm_jax.train.provenance import (
 )
 from mimicnorm_jax.train.setup import configure_jax, set_up
 from mimicnorm_jax.train.state import TrainState, digest, host_copy
-from mimicnorm_jax.train.workdir import check_data, read_json, saved_config
+from mimicnorm_jax.train.workdir import check_data, saved_config
 
 Interval = tuple[int, int]
 
 
-class VerificationError(Exception):
+class VerificationError(RunError):
     """The run is not what its configuration makes."""
+
+
+@contextlib.contextmanager
+def _no_word_on_it() -> Iterator[None]:
+    """What cannot be read now is neither right nor wrong."""
+    try:
+        yield
+    except VerificationError:
+        raise
+    except RunError as error:
+        raise UserError(str(error)) from error
 
 
 def intervals(steps: Sequence[int]) -> list[Interval]:
@@ -66,7 +79,8 @@ def check_records(workdir: pathlib.Path, config: ConfigDict, progress: dict[int,
     expected = config_digest(config_as_json(config))
     records = {f"the checkpoint of step {step}": said for step, said in progress.items()}
     if (workdir / "summary.json").is_file():
-        summary = records["summary.json"] = read_json(workdir / "summary.json")
+        kinds = {"config": dict, "config_sha256": str, "steps": int, DIGEST: str}
+        summary = records["summary.json"] = read_json(workdir / "summary.json", kinds)
         if config_digest(summary["config"]) != summary["config_sha256"]:
             raise VerificationError(f"{workdir}: summary.json was changed: see its config_sha256")
         last = progress.get(summary["steps"], summary)
@@ -134,19 +148,21 @@ def verify(
     check_data(workdir, experiment.data_identity)
     check_pretrained(workdir, experiment.pretrained)
     directory = workdir / "checkpoints"
-    steps = checkpoint_steps(directory)
+    with _no_word_on_it():
+        steps = checkpoint_steps(directory)
     if not steps:
         raise UserError(f"{workdir} has no checkpoints to replay from")
 
     def read_step(step: int) -> Restored:
-        try:
-            return read(directory, step, experiment.abstract_state)
-        except RunError:  # no word on what it holds
-            raise
-        except Exception as error:  # whatever a damaged file makes a decoder raise
-            raise VerificationError(
-                f"{workdir}: the checkpoint of step {step}: {first_line(error)}"
-            ) from error
+        with _no_word_on_it():
+            try:
+                return read(directory, step, experiment.abstract_state)
+            except RunError:
+                raise
+            except Exception as error:  # whatever a damaged file makes a decoder raise
+                raise VerificationError(
+                    f"{workdir}: the checkpoint of step {step}: {first_line(error)}"
+                ) from error
 
     # each is compared with its digest; all their states at once may not fit
     progress = {step: read_step(step).progress for step in steps}
@@ -182,32 +198,27 @@ def verify(
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m mimicnorm_jax.tools.verify",
-        description="Replays parts of a run between its checkpoints, and compares the bits.",
-    )
-    parser.add_argument(
-        "run", type=pathlib.Path, help="folder of the run; nothing is written to it"
-    )
+    parser = Parser("python -m mimicnorm_jax.tools.verify", str(__doc__))
+    parser.add_argument("run", type=expanded, help="folder of the run; nothing is written to it")
     parser.add_argument("--intervals", type=int, default=3, help="how many (default 3); 0: all")
     parser.add_argument("--seed", type=int, help="chooses the intervals (default: by chance)")
     parser.add_argument("--data-dir", help="config.data.dir, where the data are elsewhere now")
     options = parser.parse_args(arguments)
     if options.intervals < 0:
-        parser.error(f"--intervals={options.intervals} is below 0")
+        raise UserError(f"--intervals={options.intervals} is below 0")
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program: exit code 0 if all is right, 1 if not, 2 if it cannot be found out."""
-    options = _parse(arguments)
     logging.set_verbosity(logging.FATAL)  # Orbax tells of every file it reads
-    try:
+
+    def program() -> None:
+        options = _parse(arguments)
         verify(options.run, count=options.intervals, seed=options.seed, data_dir=options.data_dir)
-    except (UserError, RunError, VerificationError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, VerificationError) else 2)
-    print("verified")
+        print("verified")
+
+    run(program)
 
 
 if __name__ == "__main__":

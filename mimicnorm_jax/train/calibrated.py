@@ -7,8 +7,8 @@ from typing import Any
 
 from mimicnorm_jax.calibration import fit_temperature
 from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.train.json_files import read_json, write_json
 from mimicnorm_jax.train.scores import Outputs, probability_scores
-from mimicnorm_jax.train.workdir import read_json, write_json
 
 NAME = "calibration.json"
 

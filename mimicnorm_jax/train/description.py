@@ -10,10 +10,10 @@ from ml_collections import ConfigDict
 
 from mimicnorm_jax.data.sources import Source, View
 from mimicnorm_jax.data.splits import view_of
-from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.errors import UserError, shown
 from mimicnorm_jax.train.checkpoint import latest_step
+from mimicnorm_jax.train.json_files import check_kinds, read_json, write_json
 from mimicnorm_jax.train.program import Images
-from mimicnorm_jax.train.workdir import read_json, write_json
 
 FORMAT = 1
 NAME = "run.json"
@@ -74,22 +74,32 @@ def read_description(workdir: pathlib.Path) -> Description | None:
     value = read_json(path)
     if (number := value.get("format")) != FORMAT:
         raise UserError(
-            f"{path} has format {number}, and this version of mimicnorm-jax reads {FORMAT}; "
+            f"{path} has format {shown(number)}, and this version of mimicnorm-jax reads {FORMAT}; "
             "use the version that trained the run"
         )
     try:
-        return parse_description(value)
+        return parse_description(value, str(path))
+    except UserError:
+        raise
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path} is damaged: {type(error).__name__}: {error}") from error
 
 
-def parse_description(value: dict[str, Any]) -> Description:
+def parse_description(value: dict[str, Any], name: str) -> Description:
     """Reads what ``Description.as_json`` gives.
+
+    Args:
+      value: it.
+      name: of its file, for the messages.
 
     Raises:
       LookupError, TypeError, ValueError: it is damaged.
     """
+    check_kinds(value, {"images": dict, "view": dict, "class_names": list}, name)
     of_images, names = value["images"], value["class_names"]
+    kinds: dict[str, type] = {"shape": list, "mean": list, "std": list}
+    check_kinds(of_images, kinds | {"num_classes": int, "num_examples": int}, f"{name}: images")
+    check_kinds(value["view"], {"size": int, "resize": int, "upright": bool}, f"{name}: view")
     height, width, channels = map(int, of_images["shape"])
     images = Images(
         shape=(height, width, channels),

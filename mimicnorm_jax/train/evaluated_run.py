@@ -37,7 +37,7 @@ from mimicnorm_jax.train.workdir import (
     check_data,
     check_workdir,
     data_identity,
-    read_json,
+    read_identity,
     same_images,
     saved_config,
     write_json,
@@ -288,7 +288,7 @@ def _is_own(
       UserError: they are others, and nobody asked for others.
     """
     path, now = workdir / "data.json", data_identity(images)
-    before = read_json(path) if path.exists() else now
+    before = read_identity(path) if path.exists() else now
     # a source that is opened alone may not know of classes that none of its images has
     same = all(
         same_images(before.get(split, {}), identity, counted=("examples",))

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 
 from mimicnorm_jax.data.classes import short
 from mimicnorm_jax.train.experiment import Experiment
+from mimicnorm_jax.train.json_files import without_link
 from mimicnorm_jax.train.step import augmented
 
 NAME = "first_batch.png"
@@ -47,4 +48,4 @@ def draw_first_batch(experiment: Experiment, path: pathlib.Path) -> None:
         way = Image.Resampling.NEAREST if cell.width < _CELL else Image.Resampling.BILINEAR
         picture.paste(cell.resize((_CELL, _CELL), way).convert("RGB"), (left, top))
         draw.text((left, top + _CELL), short(names[label]), fill=(0, 0, 0))
-    picture.save(path)
+    picture.save(without_link(path))

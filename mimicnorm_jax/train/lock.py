@@ -34,6 +34,13 @@ def _is_taken(file: IO[Any], kind: int) -> bool:
     return False
 
 
+def _no_link(path: str, flags: int) -> int:
+    """Opens a file of this folder: behind a link there may be one that is to be kept."""
+    if os.path.islink(path):
+        raise UserError(f"{path} is a link, which may lead to a file of someone else; delete it")
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+
 def _holder(path: pathlib.Path) -> str:
     try:
         holder = json.loads(path.read_text())
@@ -90,7 +97,7 @@ class WorkdirLock:
             return
         with refused_by_system(f"--workdir={self._workdir} cannot be written to"):
             self._workdir.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("a+")
+            self._file = open(self._path, "a+", opener=_no_link)  # noqa: SIM115 (close() closes it)
             try:
                 if fcntl is not None and _is_taken(self._file, fcntl.LOCK_EX):
                     raise _in_use(self._workdir)

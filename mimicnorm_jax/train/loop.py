@@ -90,8 +90,10 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> Summary | None:
 
 def _asks_the_same(before: dict[str, Any], config: ConfigDict) -> bool:
     """Whether a finished run needs no look at the data: those elsewhere may be others."""
-    same_place = before["data.dir"] == config.data.dir
-    return same_place and before["max_steps"] == config.max_steps
+    return all(
+        name in before and before[name] == config_as_json(config)[name]
+        for name in ("data.dir", "max_steps")
+    )
 
 
 def _already(summary: Summary, workdir: pathlib.Path) -> Summary:

@@ -18,7 +18,15 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import scalar
 
+from mimicnorm_jax.errors import UserError, refused_by_system
 from mimicnorm_jax.layers import last_bn_loss_floor
+from mimicnorm_jax.train.json_files import (
+    NUMBER_OR_NULL,
+    check_kinds,
+    parse_object,
+    replace_text,
+    without_link,
+)
 
 Row = dict[str, Any]
 
@@ -27,6 +35,7 @@ _SPLITS = ("train", "test", "holdout")  # as their curves are called
 _SECONDS_BETWEEN_FLUSHES = 10.0  # of event files: each waits for the disk
 
 
+_ACCURACIES = {"test_accuracy", "holdout_accuracy"}  # which an evaluation has, always
 _EXACT = 1e-3  # nats, of the floor of a loss: it is computed at every step
 
 
@@ -86,9 +95,7 @@ class MetricsWriter:
     def __init__(self, workdir: pathlib.Path, step: int):
         self.path = workdir / "metrics.jsonl"
         kept = [row for row in read_rows(workdir) if row["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(temporary, self.path)
+        replace_text(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self.path.open("a")
         folder = workdir / "tensorboard"
         folder.mkdir(exist_ok=True)
@@ -156,20 +163,31 @@ def _is_finite(value: float | None) -> bool:
 
 
 def read_rows(workdir: pathlib.Path) -> list[Row]:
-    """The rows of ``metrics.jsonl``; a last line that a crash cut off is left out."""
+    """The rows of ``metrics.jsonl``; a last line that a crash cut off is left out.
+
+    Raises:
+      UserError: it cannot be read, or a line is damaged.
+    """
     path = workdir / "metrics.jsonl"
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    if not path.exists():
+        return []
+    with refused_by_system(f"cannot read {path}"):
+        *lines, last = path.read_bytes().split(b"\n")
+    rows = [_row(line, f"line {number} of {path}") for number, line in enumerate(lines, start=1)]
+    with contextlib.suppress(UserError):  # a whole row ends with its line
+        rows.append(_row(last, "the last line"))
     return rows
+
+
+def _row(line: bytes, name: str) -> Row:
+    row = check_kinds(parse_object(line, name), {"step": int}, name)
+    numbers = {key: float if key in _ACCURACIES else NUMBER_OR_NULL for key in row if key != "step"}
+    return check_kinds(row, numbers, name)
 
 
 def evaluations(workdir: pathlib.Path) -> list[Row]:
     """The rows of the evaluations, in order."""
-    return [row for row in read_rows(workdir) if row.keys() & {"test_accuracy", "holdout_accuracy"}]
+    return [row for row in read_rows(workdir) if row.keys() & _ACCURACIES]
 
 
 def chooses(row: Row) -> float:
@@ -237,5 +255,5 @@ def plot_curves(workdir: pathlib.Path, title: str) -> pathlib.Path:
         if axes.get_legend_handles_labels()[1]:
             axes.legend(loc="upper right" if label == "loss" else "lower right")
     path = workdir / "curves.png"
-    figure.savefig(path, dpi=120)
+    figure.savefig(without_link(path), dpi=120)
     return path

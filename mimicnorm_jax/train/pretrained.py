@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.train.workdir import read_json, write_json
+from mimicnorm_jax.train.json_files import read_json, write_json
 
 NAME = "init.json"
 

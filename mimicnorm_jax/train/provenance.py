@@ -61,10 +61,14 @@ def hardware(mesh: Mesh) -> dict[str, Any]:
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """In words, in what two results of ``hardware`` differ, as far as both tell of it."""
     return [
-        f"{name.replace('_', ' ')} {before[name] or 'none'}, now {now[name] or 'none'}"
+        f"{name.replace('_', ' ')} {_short(before[name])}, now {_short(now[name])}"
         for name in now
         if name in before and before[name] != now[name]
     ]
+
+
+def _short(value: Any) -> str:
+    return str(value)[:60] if value else "none"
 
 
 @functools.cache

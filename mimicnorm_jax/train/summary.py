@@ -8,9 +8,10 @@ from typing import Any
 from mimicnorm_jax.parallel import coordination
 from mimicnorm_jax.train import provenance
 from mimicnorm_jax.train.experiment import Experiment
+from mimicnorm_jax.train.json_files import write_json
 from mimicnorm_jax.train.metrics import plot_curves, read_rows
 from mimicnorm_jax.train.state import TrainState, count_parameters, digest
-from mimicnorm_jax.train.workdir import Summary, write_json
+from mimicnorm_jax.train.workdir import Summary
 
 
 def summarize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import sys
@@ -11,9 +10,16 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mimicnorm_jax.config import FIELDS, FREE_FIELDS, TEST_FIELDS, default_config
+from mimicnorm_jax.config import FIELDS, FREE_FIELDS, TEST_FIELDS, default_config, validate
 from mimicnorm_jax.data.sources import Source
-from mimicnorm_jax.errors import UserError, first_line, refused_by_system, unknown
+from mimicnorm_jax.errors import UserError, first_line, refused_by_system, shown, unknown
+from mimicnorm_jax.train.json_files import (
+    NUMBER_OR_NULL,
+    Kinds,
+    check_kinds,
+    read_json,
+    write_json,
+)
 from mimicnorm_jax.train.lock import LOCK_NAME, check_unused
 from mimicnorm_jax.train.provenance import config_as_json
 
@@ -70,7 +76,7 @@ def other_fields(
     before = config_as_json(default_config()) | read_json(workdir / "config.json")
     now = config_as_json(config)
     differing = [
-        f"config.{name} ({before.get(name)!r} there, {now.get(name)!r} now)"
+        f"config.{name} ({shown(before.get(name))} there, {shown(now.get(name))} now)"
         for name in sorted(before.keys() | now.keys())
         if name not in free and before.get(name) != now.get(name)
     ]
@@ -88,7 +94,12 @@ def saved_config(workdir: pathlib.Path) -> ConfigDict:
         raise UserError(f"{workdir} does not exist")
     if not path.is_file():
         raise UserError(_is_no_run(workdir))
-    return with_fields(default_config(), read_json(path), path)
+    config = with_fields(default_config(), read_json(path), path)
+    try:
+        validate(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return config
 
 
 def _is_no_run(path: pathlib.Path) -> str:
@@ -124,7 +135,8 @@ def with_fields(config: ConfigDict, fields: Mapping[str, Any], path: pathlib.Pat
             try:
                 config.update_from_flattened_dict({name: value})
             except (TypeError, ValueError) as error:
-                raise UserError(f"{path}: {name} = {value!r}: {first_line(error)}") from error
+                reason = shown(first_line(error))[1:-1]
+                raise UserError(f"{path}: {name} = {shown(value)}: {reason}") from error
     return config
 
 
@@ -141,6 +153,15 @@ def _check_folder(workdir: pathlib.Path) -> None:
     names = {path.name for path in workdir.iterdir()} - early if workdir.exists() else ()
     if names and "config.json" not in names:
         raise UserError(f"--workdir={workdir} is not empty and holds no run; allowed: a new name")
+
+
+_OF_SUMMARY: dict[str, type | Kinds] = {
+    "config": dict,
+    "config_sha256": str,
+    "state_sha256": str,
+    "steps": int,
+    "final_test_accuracy": NUMBER_OR_NULL,
+}
 
 
 def data_identity(splits: Mapping[str, Source | None]) -> DataIdentity:
@@ -169,7 +190,7 @@ def same_images(
       counted: what is compared besides the digest; and alone where the run is of a version of this
         project that made another digest.
     """
-    same = all(there.get(name) == now[name] for name in counted)
+    same = bool(there) and all(there[name] == now[name] for name in counted)
     return same and (there["sha256"] == now["sha256"] or _is_older(there, now))
 
 
@@ -179,10 +200,19 @@ def _is_older(there: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return len(versions) > 1
 
 
+def read_identity(path: pathlib.Path) -> DataIdentity:
+    """Reads what a run remembers of its data; raises ``UserError`` where that is damaged."""
+    kinds: dict[str, type] = {"examples": int, "classes": int, "sha256": str}
+    value = read_json(path)
+    for split in value:
+        check_kinds(check_kinds(value, {split: dict}, str(path))[split], kinds, f"{path}: {split}")
+    return value
+
+
 def check_data(workdir: pathlib.Path, data: DataIdentity) -> None:
     """Raises ``UserError`` if the run in ``workdir`` was started with other images."""
     path = workdir / "data.json"
-    before = read_json(path) if path.exists() else data
+    before = read_identity(path) if path.exists() else data
     for split, now in data.items():
         there = before.get(split, {})
         if there and _is_older(there, now):
@@ -215,25 +245,10 @@ def finished_summary(workdir: pathlib.Path) -> Summary | None:
     path = workdir / "summary.json"
     if not path.exists():
         return None
-    summary = read_json(path)
-    return summary if summary.get("finished") else None
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a JSON object; raises ``UserError`` with its path if it is damaged."""
-    with refused_by_system(f"cannot read {path}"):
-        content = path.read_bytes()
-    try:
-        value = json.loads(content)
-    except ValueError as error:  # no JSON, or no text
-        raise UserError(f"cannot read {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"cannot read {path}: it holds no JSON object")
-    return value
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes a JSON file that is never half there."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-    os.replace(temporary, path)
+    summary = read_json(path, {"finished": bool})
+    if not summary["finished"]:
+        return None
+    check_kinds(summary, _OF_SUMMARY, str(path))
+    if summary["final_test_accuracy"] is None:
+        check_kinds(summary, {"final_holdout_accuracy": float}, str(path))
+    return summary

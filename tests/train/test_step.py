@@ -94,7 +94,7 @@ def test_one_and_four_devices_agree(method, precision, tiny_config, request):
     np.testing.assert_allclose(four.losses, one.losses, rtol=tolerance)
     assert relative_difference(four.gradient, one.gradient) < tolerance
     if steps > 2:
-        assert np.ptp(one.losses) > 1e-3  # it has learned something: not 10 times the same
+        assert np.ptp(one.losses) > 1e-4  # not 10 times the same; Fixup's classifier starts at 0
 
 
 def test_local_batchnorm_is_the_one_exception(tiny_config):

@@ -27,17 +27,17 @@ from ml_collections import ConfigDict
 from mimicnorm_jax import command_line
 from mimicnorm_jax.config import validate
 from mimicnorm_jax.data.splits import Splits, has_test_split, splits_of
-from mimicnorm_jax.errors import RunError, UserError
+from mimicnorm_jax.errors import RunError, UserError, refused_by_system
 from mimicnorm_jax.parallel import make_mesh
 from mimicnorm_jax.paths import define_path
 from mimicnorm_jax.tools.campaign import runs
 from mimicnorm_jax.tools.campaign.agreement import TOLERANCE, differences
 from mimicnorm_jax.tools.campaign.budget import Cost, choose_epochs, fits
 from mimicnorm_jax.train.experiment import experiment_of, images_of
+from mimicnorm_jax.train.json_files import write_json
 from mimicnorm_jax.train.program import Images
 from mimicnorm_jax.train.resident import ResidentExperiment, ResidentSplit, with_resident
 from mimicnorm_jax.train.setup import configure_jax, silence_false_alarms
-from mimicnorm_jax.train.workdir import write_json
 
 METHODS = ("batchnorm", "mimicnorm", "nonorm")
 # (data set, network), the most wanted first; more seeds of them come last
@@ -207,8 +207,9 @@ class Campaign:
 
 
 def _folder() -> pathlib.Path:
-    if not _NUMBERS.value or not pathlib.Path(_NUMBERS.value).is_dir():
-        raise UserError(f"--numbers={_NUMBERS.value} is not a folder")
+    with refused_by_system(f"--numbers={_NUMBERS.value} cannot be used"):
+        if not _NUMBERS.value or not pathlib.Path(_NUMBERS.value).is_dir():
+            raise UserError(f"--numbers={_NUMBERS.value} is not a folder")
     return pathlib.Path(_NUMBERS.value)
 
 

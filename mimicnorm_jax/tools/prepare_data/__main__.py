@@ -16,10 +16,9 @@ from __future__ import annotations
 import argparse
 import pathlib
 import re
-import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
+from mimicnorm_jax.arguments import Parser, run
 from mimicnorm_jax.data.tfds import PREPARABLE, build_directory
 from mimicnorm_jax.errors import UserError, refused_by_system, unknown
 from mimicnorm_jax.paths import expanded
@@ -33,14 +32,8 @@ def _path(text: str) -> pathlib.Path:
     return expanded(text)  # which no shell does in --data-dir=~/data
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m mimicnorm_jax.tools.prepare_data", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser = Parser("python -m mimicnorm_jax.tools.prepare_data", str(__doc__))
     parser.add_argument(
         "what",
         metavar="DATA_SET|import",
@@ -108,16 +101,13 @@ def _prepare(options: argparse.Namespace) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program."""
-    try:
+
+    def program() -> None:
         options = _parse(arguments)
         with refused_by_system(f"--data-dir={options.data_dir} cannot be used"):
             print(_check_only(options) if options.check else _prepare(options))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+
+    run(program, interrupted="stopped; the same command goes on")
 
 
 if __name__ == "__main__":
