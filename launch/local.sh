@@ -4,7 +4,15 @@
 # DEVICES is the number of CPU devices of each process (default 1). What process i prints begins
 # with [i]. Ctrl-C stops all at the same step; the exit code is the first that is not 0.
 set -euo pipefail
-count=${1:?usage: bash launch/local.sh N [arguments of mimicnorm_jax.main]}
+whole_number() { # NAME VALUE
+  [[ $2 =~ ^[1-9][0-9]{0,3}$ ]] && return
+  echo "error: $1=$2 is no whole number from 1 to 9999, so nothing was run;" \
+    "usage: bash launch/local.sh N [arguments of mimicnorm_jax.main]" >&2
+  exit 2
+}
+whole_number N "${1:-}"
+whole_number DEVICES "${DEVICES:-1}"
+count=$1
 shift
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 install

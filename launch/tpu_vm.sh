@@ -9,8 +9,12 @@ set -euo pipefail
 name=${TPU_NAME:-mimicnorm} zone=${TPU_ZONE:-us-central1-a} type=${TPU_TYPE:-v5litepod-16}
 version=${TPU_VERSION:-v2-alpha-tpuv5-lite} dry=''
 [ "${1:-}" = --dry-run ] && dry=yes && shift
-action=${1:?usage: bash launch/tpu_vm.sh [--dry-run] create|queue|setup|train|status|logs|stop|delete}
-shift
+action=${1:-nothing}
+shift || true
+if [[ ! ${TPU_WORKERS:-1} =~ ^[1-9][0-9]{0,4}$ ]]; then
+  echo "error: TPU_WORKERS=$TPU_WORKERS is no whole number from 1 to 99999" >&2
+  exit 2
+fi
 place=(--zone "$zone" ${PROJECT:+--project "$PROJECT"})
 folder=mimicnorm-jax
 
@@ -69,7 +73,8 @@ case $action in
   train) # goes on when the connection ends; logs follows it
     arguments=''
     [ $# -eq 0 ] || arguments=$(printf ' %q' "$@")
-    everywhere "cd $folder && (setsid nohup .venv/bin/python -m mimicnorm_jax.main \
+    everywhere "cd $folder && if kill -0 \$(cat train.pid 2>/dev/null) 2>/dev/null; then \
+echo 'error: it trains already; stop it first' >&2; exit 2; fi && (setsid nohup .venv/bin/python -m mimicnorm_jax.main \
 --distributed=on$arguments >train.log 2>&1 </dev/null & echo \$! >train.pid)" ;;
   status)
     run gcloud compute tpus tpu-vm describe "$name" "${place[@]}" --format='value(state,health)'
@@ -85,6 +90,6 @@ case $action in
       run gcloud compute tpus tpu-vm delete "$name" "${place[@]}" --quiet
     fi ;;
   *)
-    echo "error: $action is none of create, queue, setup, train, status, logs, stop, delete" >&2
+    echo "error: $action is none of create, queue, setup, train, status, logs, stop, delete; usage: bash launch/tpu_vm.sh [--dry-run] ACTION" >&2
     exit 2 ;;
 esac

@@ -14,6 +14,7 @@ from absl import app, flags, logging
 from absl.testing import flagsaver
 from ml_collections import ConfigDict, config_flags
 
+from mimicnorm_jax.compilation_cache import replace_cut_entries
 from mimicnorm_jax.config import FIELDS
 from mimicnorm_jax.config.packaged import find_config, shown
 from mimicnorm_jax.errors import (
@@ -28,6 +29,7 @@ from mimicnorm_jax.errors import (
 from mimicnorm_jax.flag_values import check_numbers, read_values
 from mimicnorm_jax.guest import process_left_as_it_was
 from mimicnorm_jax.parallel import coordination
+from mimicnorm_jax.parallel.backend import print_warnings_of_jax
 from mimicnorm_jax.parallel.coordination import Failure
 
 
@@ -178,6 +180,7 @@ def run_program(
       The exit code.
     """
     print_anything()
+    argv_is_own = argv is None  # and so is the process
     programs = program if isinstance(program, Mapping) else {"": program}
 
     def parse(argv: list[str]) -> list[str]:
@@ -201,6 +204,9 @@ def run_program(
         if not flags.FLAGS["verbosity"].present:
             # Orbax tells of every file it writes, and what it cannot do comes as an exception
             logging.set_verbosity(logging.FATAL)
+            print_warnings_of_jax()
+        if argv_is_own:
+            replace_cut_entries()
         programs[argv[1]](*argv[2:])
 
     if argv is not None:

@@ -20,9 +20,11 @@ from absl import flags
 from mimicnorm_jax import command_line
 from mimicnorm_jax.config import validate
 from mimicnorm_jax.errors import UserError, refused_by_system
+from mimicnorm_jax.guest import guests
 from mimicnorm_jax.parallel import coordination, startup
 from mimicnorm_jax.paths import define_path, expanded
 from mimicnorm_jax.tools.report import JSON, PLOT, check_output, write_json
+from mimicnorm_jax.version import __version__
 
 for _name in ("json", "plot"):  # shown by --help
     flags.declare_key_flag(_name)
@@ -68,10 +70,12 @@ def _run() -> None:
     default = workdir.default_workdir(config, command_line.config_path())
     folder = expanded(_WORKDIR.value or default)
     setup.configure_jax(config)
-    startup.join()
+    # Fields in which processes differ are named with their values once they can talk of them.
+    startup.join({"mimicnorm-jax": __version__, "--workdir": folder.name, "--mode": _MODE.value})
     if _MODE.value == "train":
-        if loop.train(config, folder) is None:
-            sys.exit(_STOPPED_EXIT_CODE.value)
+        code = _STOPPED_EXIT_CODE.value
+        if loop.train(config, folder, leave_with=None if guests() else code) is None:
+            sys.exit(code)
         return
     question = evaluated_run.Question(
         exact=_RECALIBRATE.value,

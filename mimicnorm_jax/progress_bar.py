@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 from tqdm import tqdm
+
+#: What is called with every item of every bar, shown or not: such as what looks for hanging runs.
+listeners: list[Callable[[], None]] = []
 
 _COLUMNS = 79  # of a notebook's output
 _SECONDS = 0.5  # between two updates of a notebook, each of which is a message to a browser
@@ -61,7 +64,22 @@ def progress_bar(
       shown: False to show nothing, as in a process that does not speak for its run.
       options: of ``tqdm``.
     """
+    if items is not None:
+        total = len(items) if total is None and isinstance(items, Sized) else total
+        items = _heard(items)
     if is_notebook():
         return _NotebookBar(items, description, total, disable=not shown, **options)
     options = {"dynamic_ncols": True} | options
     return tqdm(items, description, total, disable=not (shown and sys.stderr.isatty()), **options)
+
+
+def _heard(items: Iterable[Any]) -> Iterator[Any]:
+    for item in items:
+        goes_on()
+        yield item
+
+
+def goes_on() -> None:
+    """Tells that what takes long goes on, where there is no bar."""
+    for listener in listeners:
+        listener()

@@ -11,8 +11,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
@@ -187,7 +190,7 @@ class Pipeline:
             processes = grain.MultiprocessingOptions(
                 num_workers=workers.processes, per_worker_buffer_size=1
             )
-            iterable = iterable.mp_prefetch(processes, worker_init_fn=_leave_signals_alone)
+            iterable = iterable.mp_prefetch(processes, worker_init_fn=_serve_one_parent)
         iterator = iter(iterable)
         try:
             # Copies: a batch in the memory that it came in would hold that memory, of which Python
@@ -199,10 +202,22 @@ class Pipeline:
                 iterator.close()
 
 
-def _leave_signals_alone(index: int, count: int) -> None:
-    """Ctrl-C and a job's end reach every process; the training process ends its workers."""
+def _serve_one_parent(index: int, count: int) -> None:
+    """Ends with the training process, and not before.
+
+    Ctrl-C and a job's end reach every process, of which the training process ends its workers.
+    Where it was killed it cannot: then they would wait for work for ever, with all they hold.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
 
 
 def _stack(examples: list[tuple[np.ndarray, int]]) -> Batch:

@@ -3,6 +3,7 @@
 from mimicnorm_jax.parallel.mesh import (
     DATA_AXIS,
     check_batch_size,
+    connect,
     make_mesh,
     quick_compilation,
     replicate,
@@ -13,6 +14,7 @@ from mimicnorm_jax.parallel.mesh import (
 __all__ = [
     "DATA_AXIS",
     "check_batch_size",
+    "connect",
     "make_mesh",
     "quick_compilation",
     "replicate",

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from mimicnorm_jax.errors import RunError, UserError, first_line, one_line
+from mimicnorm_jax.progress_bar import goes_on
 
 T = TypeVar("T")
 
@@ -85,6 +86,7 @@ def exchange(what: str, value: Any, *, seconds: float = _MOST_SECONDS) -> list[A
 
 def _await(key: str, deadline: float, process: int, what: str) -> Any:
     while True:
+        goes_on()  # here: the other process has its own watchdog
         try:  # for a second at a time, so that Ctrl-C is heard
             return json.loads(_state().client.blocking_key_value_get(key, 1000))
         except Exception as error:  # JAX does not promise which

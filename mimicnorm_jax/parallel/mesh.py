@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.methods import Method
+from mimicnorm_jax.parallel.backend import started
 
 DATA_AXIS = "data"
 
@@ -33,7 +35,7 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
       UserError: more devices are asked for than there are, or a number that the processes
         cannot share equally.
     """
-    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    devices = sorted(started(jax.devices), key=lambda device: (device.process_index, device.id))
     processes = jax.process_count()
     if num_devices is None:
         num_devices = len(devices)
@@ -50,6 +52,19 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     # Auto axes: with the newer default, Explicit, every operation would have to say how
     # its result is spread.
     return Mesh(chosen, (DATA_AXIS,), axis_types=(AxisType.Auto,))
+
+
+def connect(mesh: Mesh) -> None:
+    """Connects the processes of a mesh, which all call this at about the same time.
+
+    The first collective does so, and Gloo, which it goes by on CPUs, gives it 30 s, within which
+    processes do not come that list images or compile at different speeds. Later ones wait.
+    """
+    if jax.process_count() > 1:
+        ones = jax.make_array_from_callback(
+            (mesh.size,), NamedSharding(mesh, P(DATA_AXIS)), lambda _: np.ones(1, np.float32)
+        )
+        jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, P()))(ones).block_until_ready()
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, method: Method, micro_batches: int = 1) -> None:

@@ -8,25 +8,32 @@ of the coordinator, which JAX's service takes over when all are there.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import selectors
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from mimicnorm_jax.errors import RunError, UserError, refused_by_system
 
 _SECONDS_BETWEEN_NEWS = 10.0
 _POLL = 0.2
-_LONGEST_LINE = 4096
+_LONGEST_LINE = 65_536  # bytes; a process says what it was started with
+_MOST_STRANGERS = 64  # connections that have not said who they are
 
 Say = Callable[[str], None]
 
 
-def is_loopback(host: str) -> bool:
-    """Whether an address stays on this machine."""
-    return host in ("localhost", "::1") or host.startswith("127.")
+def is_own(host: str) -> bool:
+    """Whether an address is one of this machine's; else something leads from there to it."""
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.create_server(place[:2], family=family):
+            return True
+    except OSError:
+        return False
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -57,7 +64,7 @@ class _Waiting:
 
     def __init__(self, who: str, seconds: float, say: Say):
         self._who = who
-        self._say = say
+        self.say = say
         self._since = time.strftime("%H:%M:%S")
         self._began = self._said = time.monotonic()
         self.deadline = self._began + seconds
@@ -69,13 +76,31 @@ class _Waiting:
         now = time.monotonic()
         if now - self._said >= _SECONDS_BETWEEN_NEWS:
             self._said = now
-            self._say(
+            self.say(
                 f"{self._who} waits for {whom} since {self._since} ({now - self._began:.0f} s)"
             )
 
 
-def roll_call(address: str, process: int, count: int, *, seconds: float, say: Say) -> None:
+def digests(values: Mapping[str, Any]) -> dict[str, str]:
+    """What processes that belong together agree in, by name, in few bytes."""
+    return {
+        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+        for name, value in values.items()
+    }
+
+
+def roll_call(
+    address: str,
+    process: int,
+    count: int,
+    *,
+    seconds: float,
+    say: Say,
+    alike: Mapping[str, str] | None = None,
+) -> None:
     """Returns when all processes are there, in each of them.
+
+    Whoever reaches the port may speak: what is no report of a process of this run is not heard.
 
     Args:
       address: ``HOST:PORT`` of process 0.
@@ -83,23 +108,26 @@ def roll_call(address: str, process: int, count: int, *, seconds: float, say: Sa
       count: the number of processes.
       seconds: how long to wait.
       say: prints a line.
+      alike: what must be the same in all of them, from ``digests``.
 
     Raises:
       RunError: not all came in time, or process 0 ended.
-      UserError: the port cannot be used; two processes have the same index, or were told
-        another number of processes.
+      UserError: the port cannot be used; two processes have the same index, were told
+        another number of processes, or differ in what must be the same.
     """
     host, port = split_address(address)
     waiting = _Waiting(f"process {process}/{count}", seconds, say)
     if process == 0:
-        _hold(host, port, count, waiting, seconds)
+        _hold(host, port, {"count": count, "alike": dict(alike or {})}, waiting, seconds)
     else:
-        _report(host, port, process, count, waiting, seconds)
+        report = {"process": process, "count": count, "alike": dict(alike or {})}
+        _report(host, port, report, waiting, seconds)
 
 
 def _server(host: str, port: int) -> socket.socket:
-    if is_loopback(host):
-        return socket.create_server((host, port))
+    if is_own(host):
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", port))
@@ -110,70 +138,134 @@ def _send(connection: socket.socket, message: dict[str, Any]) -> None:
         connection.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _hold(host: str, port: int, count: int, waiting: _Waiting, seconds: float) -> None:
-    with contextlib.ExitStack() as stack:
-        with refused_by_system(f"--coordinator={host}:{port} cannot be used"):
-            server = stack.enter_context(_server(host, port))
-        selector = stack.enter_context(selectors.DefaultSelector())
-        selector.register(server, selectors.EVENT_READ)
-        present: dict[socket.socket, int] = {}
-        missing = set(range(1, count))
-        while missing:
-            for key, _ in selector.select(_POLL):
-                if key.fileobj is server:
-                    connection, _ = server.accept()
-                    connection.settimeout(5.0)
-                    selector.register(stack.enter_context(connection), selectors.EVENT_READ)
-                    continue
-                connection = key.fileobj  # type: ignore[assignment]
-                number = _received(connection, set(present.values()), count)
-                if number is None:  # it ended, or is none of ours
-                    selector.unregister(connection)
-                    present.pop(connection, None)
-                    connection.close()
-                else:
-                    present[connection] = number
-            missing = set(range(1, count)) - set(present.values())
-            if missing and waiting.is_over():
+def _hold(
+    host: str, port: int, expected: dict[str, Any], waiting: _Waiting, seconds: float
+) -> None:
+    count = expected["count"]
+    with refused_by_system(f"--coordinator={host}:{port} cannot be used"):
+        server = _server(host, port)
+    with _Callers(server, expected, waiting.say) as callers:
+        while missing := set(range(1, count)) - set(callers.present.values()):
+            if waiting.is_over():
                 error = f"{in_words(missing)} of {count} did not come within {seconds:.0f} s"
-                for connection in present:
-                    _send(connection, {"error": error})
+                callers.tell({"error": error})
                 raise RunError(f"{error}; were all of them started, with the same --coordinator?")
-            if missing:
-                waiting.tell(in_words(missing))
-            for connection in present:
-                _send(connection, {"missing": sorted(missing)})
+            waiting.tell(in_words(missing))
+            callers.tell({"missing": sorted(missing)})
+            callers.listen()
+        callers.tell({"missing": []})
 
 
-def _received(connection: socket.socket, present: set[int], count: int) -> int | None:
-    """The index that a process reports; None if its connection is to be closed."""
-    try:
-        data = connection.recv(_LONGEST_LINE)
-        report = json.loads(data)
-        number, its_count = int(report["process"]), int(report["count"])
-    except (OSError, ValueError, KeyError, TypeError):
+class _Callers:
+    """Who has come to the port of process 0: processes of the run, and whoever else.
+
+    Args:
+      server: where they come; it is closed at the end of the ``with`` block, with all of them.
+      expected: ``count`` and ``alike`` of a process of the run.
+      say: prints a line.
+
+    Attributes:
+      present: the processes of the run, by connection.
+    """
+
+    def __init__(self, server: socket.socket, expected: dict[str, Any], say: Say):
+        self.present: dict[socket.socket, int] = {}
+        self._said: dict[socket.socket, bytes] = {}  # by those who have not said who they are
+        self._server = server
+        self._expected = expected
+        self._say = say
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(server, selectors.EVENT_READ)
+
+    def __enter__(self) -> _Callers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for connection in [*self.present, *self._said, self._server]:
+            connection.close()
+        self._selector.close()
+
+    def tell(self, message: dict[str, Any]) -> None:
+        """Sends a message to the processes of the run."""
+        for connection in self.present:
+            _send(connection, message)
+
+    def listen(self) -> None:
+        """Hears what comes within a moment."""
+        for key, _ in self._selector.select(_POLL):
+            if key.fileobj is self._server:
+                self._accept()
+            elif isinstance(key.fileobj, socket.socket) and not self._is_welcome(key.fileobj):
+                self._dismiss(key.fileobj)
+
+    def _dismiss(self, connection: socket.socket) -> None:
+        self._selector.unregister(connection)
+        self.present.pop(connection, None)
+        self._said.pop(connection, None)
+        connection.close()
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._server.accept()
+        except OSError:  # it has gone, or this process may open no more files
+            return
+        if len(self._said) >= _MOST_STRANGERS:  # a process of the run says at once who it is
+            self._dismiss(next(iter(self._said)))
+        connection.settimeout(5.0)
+        self._said[connection] = b""
+        self._selector.register(connection, selectors.EVENT_READ)
+
+    def _is_welcome(self, connection: socket.socket) -> bool:
+        """Takes what has come; False where it ended, or is none of ours."""
+        said = self._said.pop(connection, b"")
+        try:
+            more = connection.recv(_LONGEST_LINE)
+        except OSError:
+            return False
+        if not more or len(said) + len(more) > _LONGEST_LINE or connection in self.present:
+            return False
+        if not more.endswith(b"\n"):  # more of it will come
+            self._said[connection] = said + more
+            return True
+        number = self._number(connection, said + more)
+        if number is not None:
+            self.present[connection] = number
+        return number is not None
+
+    def _number(self, connection: socket.socket, said: bytes) -> int | None:
+        """The index that a process of the run reports; None of any other caller."""
+        try:
+            report = json.loads(said)
+            number, its_count, alike = report["process"], report["count"], report["alike"]
+        except (ValueError, LookupError, TypeError, RecursionError):
+            return None
+        if type(number) is not int or type(its_count) is not int or type(alike) is not dict:
+            return None
+        count, own = self._expected["count"], self._expected["alike"]
+        if its_count != count:
+            reason = f"process {number} was told of {its_count} processes, process 0 of {count}"
+        elif number in self.present.values() or not 0 < number < count:
+            reason = f"there is a process {number} already"
+        elif differing := [name for name, value in own.items() if alike.get(name) != value]:
+            reason = f"processes 0 and {number} differ in {', '.join(differing)}"
+        else:
+            return number
+        _send(connection, {"refused": reason})
+        self._say(f"process 0/{count} refuses one at its port: {reason}")
         return None
-    if its_count != count:
-        reason = f"process {number} was told of {its_count} processes, process 0 of {count}"
-    elif number in present or not 0 < number < count:
-        reason = f"there is a process {number} already"
-    else:
-        return number
-    _send(connection, {"refused": reason})
-    return None
 
 
 def _report(
-    host: str, port: int, process: int, count: int, waiting: _Waiting, seconds: float
+    host: str, port: int, report: dict[str, Any], waiting: _Waiting, seconds: float
 ) -> None:
     with _connected(host, port, waiting, seconds) as connection:
-        _send(connection, {"process": process, "count": count})
+        _send(connection, report)
         for message in _messages(connection):
             if "refused" in message:
                 raise UserError(f"process 0 at {host}:{port} refuses: {message['refused']}")
             if "error" in message:
                 raise RunError(message["error"])
-            if not message["missing"]:
+            if not message.get("missing"):
                 return
             waiting.tell(in_words(message["missing"]))
     raise RunError(f"process 0 at {host}:{port} ended while the others were awaited")
@@ -200,6 +292,7 @@ def _connected(host: str, port: int, waiting: _Waiting, seconds: float) -> socke
 def _messages(connection: socket.socket) -> Iterator[dict[str, Any]]:
     try:
         with connection.makefile("rb") as lines:
-            yield from map(json.loads, lines)
-    except (OSError, ValueError):
+            for line in lines:
+                yield {} | json.loads(line)
+    except (OSError, ValueError, TypeError, RecursionError):
         return

@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from absl import flags
 
 from mimicnorm_jax.errors import UserError, first_line
-from mimicnorm_jax.parallel.roll_call import is_loopback, roll_call, split_address
+from mimicnorm_jax.parallel.backend import started, unused_accelerator
+from mimicnorm_jax.parallel.roll_call import digests, is_own, roll_call, split_address
 
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
@@ -168,8 +170,11 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def join() -> None:
+def join(alike: Mapping[str, Any] | None = None) -> None:
     """Makes this process one of its run, as the flags say; starts the JAX backend.
+
+    Args:
+      alike: what is the same in all processes of a run, by name.
 
     Raises:
       UserError: wrong flags, or an address that cannot be used.
@@ -184,19 +189,21 @@ def join() -> None:
         find=lambda: find_cluster(seconds),
     )
     if place is not None:
-        _connect(place, seconds)
-    local = jax.local_devices()
+        _connect(place, seconds, digests(alike or {}))
+    local = started(jax.local_devices)
     devices = f"{len(local)} local device" + ("s" if len(local) > 1 else "")
     _say(f"process {jax.process_index()}/{jax.process_count()}, {devices}, {local[0].device_kind}")
+    if unused := unused_accelerator(local[0].platform):
+        _say(f"NOTE: {unused}")
 
 
-def _connect(place: Membership, seconds: float) -> None:
+def _connect(place: Membership, seconds: float, alike: Mapping[str, str]) -> None:
     _say(
         f"process {place.index}/{place.count} of a run described by {place.found_by}, "
         f"with process 0 at {place.coordinator}"
     )
     host, _ = split_address(place.coordinator)
-    roll_call(place.coordinator, place.index, place.count, seconds=seconds, say=_say)
+    roll_call(place.coordinator, place.index, place.count, seconds=seconds, say=_say, alike=alike)
     jax.distributed.initialize(
         place.coordinator,
         place.count,
@@ -207,5 +214,5 @@ def _connect(place: Membership, seconds: float) -> None:
         initialization_timeout=120,
         heartbeat_timeout_seconds=_HEARTBEAT_SECONDS.value,
         # otherwise it would listen on all of the machine's addresses
-        coordinator_bind_address=place.coordinator if is_loopback(host) else None,
+        coordinator_bind_address=place.coordinator if is_own(host) else None,
     )

@@ -4,7 +4,8 @@
 
 An interval is the way from one checkpoint of RUN (or the initial state) to the next. K of them are
 chosen at random, recomputed, and compared bit for bit. How many there are is up to the run's
-``config.keep_checkpoints``: 0 keeps all.
+``config.keep_checkpoints``: 0 keeps all. Then its checkpoints are evaluated, and compared with the
+accuracies that it claims. Nothing of the run is believed but its configuration and its data.
 """
 
 from __future__ import annotations
@@ -17,20 +18,23 @@ import random
 from collections.abc import Iterator, Sequence
 
 from absl import logging
-from ml_collections import ConfigDict
 
 from mimicnorm_jax.arguments import Parser, run
 from mimicnorm_jax.errors import RunError, UserError, first_line
 from mimicnorm_jax.parallel import replicate
+from mimicnorm_jax.parallel.backend import print_warnings_of_jax
 from mimicnorm_jax.paths import expanded
 from mimicnorm_jax.progress_bar import progress_bar
-from mimicnorm_jax.train.checkpoint import DIGEST, Progress, Restored, checkpoint_steps, read
+from mimicnorm_jax.tools.claims import (
+    VerificationError,
+    check_accuracies,
+    check_folder,
+    check_records,
+)
+from mimicnorm_jax.train.checkpoint import DIGEST, Restored, checkpoint_steps, read
 from mimicnorm_jax.train.experiment import Experiment
-from mimicnorm_jax.train.json_files import read_json
 from mimicnorm_jax.train.pretrained import check_pretrained
 from mimicnorm_jax.train.provenance import (
-    config_as_json,
-    config_digest,
     differences,
     hardware,
 )
@@ -39,10 +43,6 @@ from mimicnorm_jax.train.state import TrainState, digest, host_copy
 from mimicnorm_jax.train.workdir import check_data, saved_config
 
 Interval = tuple[int, int]
-
-
-class VerificationError(RunError):
-    """The run is not what its configuration makes."""
 
 
 @contextlib.contextmanager
@@ -63,37 +63,6 @@ def intervals(steps: Sequence[int]) -> list[Interval]:
       steps: of the checkpoints, in order.
     """
     return list(zip([0, *steps], steps, strict=False))
-
-
-def check_records(workdir: pathlib.Path, config: ConfigDict, progress: dict[int, Progress]) -> None:
-    """Compares what the run recorded of itself: digests of its configuration and its state.
-
-    Args:
-      workdir: the run's folder.
-      config: its ``config.json``.
-      progress: of each checkpoint, by step.
-
-    Raises:
-      VerificationError: they do not fit together.
-    """
-    expected = config_digest(config_as_json(config))
-    records = {f"the checkpoint of step {step}": said for step, said in progress.items()}
-    if (workdir / "summary.json").is_file():
-        kinds = {"config": dict, "config_sha256": str, "steps": int, DIGEST: str}
-        summary = records["summary.json"] = read_json(workdir / "summary.json", kinds)
-        if config_digest(summary["config"]) != summary["config_sha256"]:
-            raise VerificationError(f"{workdir}: summary.json was changed: see its config_sha256")
-        last = progress.get(summary["steps"], summary)
-        if last[DIGEST] != summary[DIGEST]:
-            raise VerificationError(
-                f"{workdir}: summary.json does not tell of the checkpoint of step "
-                f"{summary['steps']}: its {DIGEST} is another"
-            )
-    for name, said in records.items():
-        if said["config_sha256"] != expected:
-            raise VerificationError(
-                f"{workdir}: {name} was made with another configuration than that of config.json"
-            )
 
 
 def replay(experiment: Experiment, state: TrainState, interval: Interval) -> str:
@@ -140,7 +109,9 @@ def verify(
       VerificationError: something is not what the configuration makes.
       UserError: the run cannot be replayed here.
     """
+    check_folder(workdir)
     config = saved_config(workdir)
+    config.compilation_cache = "auto"  # not one that the run names: its programs may be any
     if data_dir is not None:
         config.data.dir = data_dir
     configure_jax(config)
@@ -164,6 +135,15 @@ def verify(
                     f"{workdir}: the checkpoint of step {step}: {first_line(error)}"
                 ) from error
 
+    def refuse(step: int, what: str) -> Exception:
+        """The error, unless the machine is another than the one on which that was found."""
+        if differing := differences(progress[step]["hardware"], hardware(experiment.mesh)):
+            return UserError(
+                f"{workdir}: whether the checkpoint of step {step} is right cannot be found out "
+                f"here: the bits differ, and it was made elsewhere: {'; '.join(differing)}"
+            )
+        return VerificationError(f"{workdir}: the checkpoint of step {step} is {what}")
+
     # each is compared with its digest; all their states at once may not fit
     progress = {step: read_step(step).progress for step in steps}
     check_records(workdir, config, progress)
@@ -183,17 +163,23 @@ def verify(
         )
         got = replay(experiment, state, (first, last))
         if got != progress[last][DIGEST]:
-            if differing := differences(progress[last]["hardware"], hardware(experiment.mesh)):
-                raise UserError(
-                    f"{workdir}: whether the checkpoint of step {last} is right cannot be found "
-                    f"out here: the bits differ, and it was made elsewhere: {'; '.join(differing)}"
-                )
-            raise VerificationError(
-                f"{workdir}: the checkpoint of step {last} is not what the configuration makes of "
+            raise refuse(
+                last,
+                "not what the configuration makes of "
                 f"{f'that of step {first}' if first else 'the initial state'}: its {DIGEST} is "
-                f"{progress[last][DIGEST][:12]}…, replayed it is {got[:12]}…"
+                f"{progress[last][DIGEST][:12]}…, replayed it is {got[:12]}…",
             )
         print(f"steps {first} to {last}: the same, {DIGEST} {got[:12]}…", flush=True)
+    evaluated = check_accuracies(
+        workdir,
+        experiment,
+        steps,
+        {last for _, last in chosen},
+        lambda step: read_step(step).state,
+        lambda step, what: refuse(step, f"not as good as claimed: {what}"),
+    )
+    if evaluated:
+        print(f"evaluated as claimed: steps {', '.join(map(str, evaluated))}", flush=True)
     return chosen
 
 
@@ -212,6 +198,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the program: exit code 0 if all is right, 1 if not, 2 if it cannot be found out."""
     logging.set_verbosity(logging.FATAL)  # Orbax tells of every file it reads
+    print_warnings_of_jax()
 
     def program() -> None:
         options = _parse(arguments)

@@ -17,7 +17,7 @@ from mimicnorm_jax.data.classes import Labels, columns_of
 from mimicnorm_jax.data.sources import Source
 from mimicnorm_jax.data.splits import Splits, has_test_split, open_test_split, splits_of, view_of
 from mimicnorm_jax.errors import UserError
-from mimicnorm_jax.parallel import coordination, make_mesh, replicate
+from mimicnorm_jax.parallel import connect, coordination, make_mesh, replicate
 from mimicnorm_jax.train.calibrated import read_calibration
 from mimicnorm_jax.train.checkpoint import Checkpoints
 from mimicnorm_jax.train.description import Description, check_network, read_description
@@ -131,6 +131,7 @@ def evaluate_run(
 
     coordination.together("workdir", check)
     check_same_configuration(config)
+    connect(coordination.together("devices", lambda: make_mesh(config.num_devices)))
     opened = coordination.together("set-up", lambda: _open(config, workdir, question))
     check_same_images({opened.split: opened.images})
     states = _states(opened, directory, workdir)

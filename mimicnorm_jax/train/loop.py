@@ -6,7 +6,7 @@ import contextlib
 import pathlib
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 from ml_collections import ConfigDict
 
@@ -47,7 +47,9 @@ from mimicnorm_jax.train.workdir import (
 _CALLS_IN_FLIGHT = 2
 
 
-def train(config: ConfigDict, workdir: pathlib.Path) -> Summary | None:
+def train(
+    config: ConfigDict, workdir: pathlib.Path, *, leave_with: int | None = None
+) -> Summary | None:
     """Trains, or goes on training, the run of ``config`` in ``workdir``.
 
     In a run of several processes each calls it; process 0 writes.
@@ -56,6 +58,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> Summary | None:
       config: the configuration.
       workdir: the run's folder: checkpoints, ``metrics.jsonl``, ``curves.png``,
         ``summary.json``. All processes share it.
+      leave_with: exit code of the process where it is told to stop while its first step compiles,
+        which can take minutes and saves nothing; None where it is not the run's own.
 
     Returns:
       The summary, or None if the run was told to stop before its end.
@@ -65,6 +69,13 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> Summary | None:
       NonFiniteError: the run diverged; the last good checkpoint is kept.
       RunError: it cannot go on, such as on a full disk; older checkpoints are kept.
     """
+    with Watchdog(config.hang_minutes or None) as watchdog:
+        return _train(config, workdir, watchdog, leave_with)
+
+
+def _train(
+    config: ConfigDict, workdir: pathlib.Path, watchdog: Watchdog, leave_with: int | None
+) -> Summary | None:
     coordination.together("workdir", lambda: check_workdir(workdir, config))
     summary = coordination.exchange("finished", finished_summary(workdir))[0]
     if summary and _asks_the_same(summary["config"], config):
@@ -82,10 +93,14 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> Summary | None:
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
         with (
             explained(workdir, lock),
-            Watchdog(config.hang_minutes or None) as watchdog,
-            StopRequest() as stop,
+            StopRequest(None if leave_with is None else lambda by: _leave(by, leave_with)) as stop,
         ):
             return _Loop(experiment, workdir, checkpoints, lock, watchdog, stop).run()
+
+
+def _leave(by: str, code: int) -> NoReturn:
+    print(f"\nstopped by {by} before a step; resume with the same command", flush=True)
+    coordination.leave(code)
 
 
 def _asks_the_same(before: dict[str, Any], config: ConfigDict) -> bool:
@@ -235,6 +250,7 @@ class _Loop:
         self._step += len(batches)
         while len(self._in_flight) > (0 if first else _CALLS_IN_FLIGHT):
             self._take_metrics()
+        self._stop.something_to_lose()
         if first:  # mostly compilation, so it says nothing about the speed
             seconds = self._throughput.restart()
             self._progress.say(f"compiled and ran the first step in {seconds:.1f} s")

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from mimicnorm_jax.data.splits import Splits, splits_of
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.parallel import DATA_AXIS, replicate
+from mimicnorm_jax.parallel.backend import started
 from mimicnorm_jax.train.calibrated import read_calibration
 from mimicnorm_jax.train.checkpoint import Checkpoints, Restored
 from mimicnorm_jax.train.description import Description, check_network, read_description
@@ -60,7 +61,7 @@ def restore(workdir: pathlib.Path, which: str) -> RestoredNetwork:
     here.num_devices = 1
     description = read_description(workdir) or _described_by_data(workdir, here)
     # One device of this process: each of several may read.
-    mesh = Mesh(np.array(jax.local_devices()[:1]), (DATA_AXIS,))
+    mesh = Mesh(np.array(started(jax.local_devices)[:1]), (DATA_AXIS,))
     program = make_program(here, description.images, mesh)
     restored = _read(workdir, which, program.abstract_state)
     if jax.tree.map(np.shape, restored.state) != jax.tree.map(np.shape, program.abstract_state):

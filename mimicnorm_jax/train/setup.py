@@ -19,7 +19,7 @@ from mimicnorm_jax.data.sources import Source
 from mimicnorm_jax.data.splits import splits_of
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.guest import guests
-from mimicnorm_jax.parallel import coordination, make_mesh
+from mimicnorm_jax.parallel import connect, coordination, make_mesh
 from mimicnorm_jax.paths import expanded_text
 from mimicnorm_jax.train.description import read_description
 from mimicnorm_jax.train.experiment import Experiment, experiment_of, images_of
@@ -94,6 +94,8 @@ def set_up_together(config: ConfigDict, workdir: pathlib.Path) -> Experiment:
       UserError: also where the processes were not started alike, or see other images.
     """
     check_same_configuration(config)
+    mesh = coordination.together("devices", lambda: make_mesh(config.num_devices))
+    connect(mesh)
     experiment = coordination.together("set-up", lambda: set_up(config, workdir))
     check_same_images(experiment.splits._asdict())
     # A process that has its images in memory measures all of them, exactly, and another some.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable, Collection
 from types import FrameType
 from typing import Any
 
@@ -12,9 +13,48 @@ from jax.experimental import multihost_utils
 
 from mimicnorm_jax.parallel.coordination import process_count
 
+_PATIENCE = 2.0  # seconds in which the main thread may come back from a library
+
 
 class Stopped(Exception):  # noqa: N818 (nothing went wrong)
     """The run was asked to stop; the message says by what."""
+
+
+#: Ends the process at once, after a word; it is given the name of the signal.
+Leave = Callable[[str], None]
+
+
+class _Ear:
+    """A thread that hears of signals also while the main thread is in a library.
+
+    Args:
+      numbers: the signals.
+      leave: called some time after one of them, unless this was closed.
+    """
+
+    def __init__(self, numbers: Collection[int], leave: Leave):
+        self._numbers = set(numbers)
+        self._leave = leave
+        self._closed = threading.Event()
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        # The handler in C writes the number of each signal there, whatever Python is doing.
+        self._before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
+
+    def _listen(self) -> None:
+        while number := os.read(self._read, 1):
+            if number[0] in self._numbers and not self._closed.wait(_PATIENCE):
+                self._leave(signal.Signals(number[0]).name)
+                return
+
+    def close(self) -> None:
+        signal.set_wakeup_fd(self._before)
+        self._closed.set()
+        os.close(self._write)  # which ends the thread
+        self._thread.join()
+        os.close(self._read)
 
 
 class StopRequest:
@@ -26,16 +66,22 @@ class StopRequest:
 
     A second signal acts as it would have without this.
 
+    While the main thread is in a library for long, as when a step compiles, Python does not hear
+    signals. Until ``something_to_lose`` was called, a process that trains alone then ends without
+    it: what it would save is what it began with.
+
     In a run of several processes, JAX's preemption service hears SIGTERM, tells the other
     processes, and agrees with them on the call of ``raise_if_asked`` that stops them all. So
     each process must call it equally often between the same steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, leave: Leave | None = None) -> None:
         self._alone = process_count() == 1
         self._before: dict[int, Any] = {}
         self._received: str | None = None
         self._calls = 0
+        self._leave = leave
+        self._ear: _Ear | None = None
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is not threading.main_thread():
@@ -47,10 +93,19 @@ class StopRequest:
             heard.append(hangup)
         for number in heard:
             self._before[number] = signal.signal(number, self._handle)
+        if self._alone and self._leave is not None and os.name == "posix":
+            self._ear = _Ear(heard, self._leave)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+        self.something_to_lose()
+
+    def something_to_lose(self) -> None:
+        """Tells that a step was taken: from now on the main thread has something to save."""
+        if self._ear is not None:
+            self._ear.close()
+            self._ear = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._restore()
@@ -67,6 +122,8 @@ class StopRequest:
     def raise_if_asked(self) -> None:
         """Raises ``Stopped`` if the run is to stop here."""
         self._calls += 1
+        if self._received is not None:
+            self.something_to_lose()  # the main thread sees to it
         if self._received is not None:
             raise Stopped(self._received)
         if not self._alone and multihost_utils.reached_preemption_sync_point(self._calls):

@@ -1,4 +1,4 @@
-"""Ends a run that hangs, or one of whose other processes has failed."""
+"""Ends a run that hangs, also while it is set up, or one of whose other processes has failed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 
 from mimicnorm_jax.parallel import coordination
 from mimicnorm_jax.parallel.coordination import Failure
+from mimicnorm_jax.progress_bar import listeners
 
 _PERIOD = 0.5  # seconds between two looks
 _GRACE = 2.0  # seconds in which the main thread finds out by itself why it has to end
@@ -18,8 +19,8 @@ class Watchdog:
     """A thread that looks after the main one while in a ``with`` block.
 
     Args:
-      hang_minutes: without a beat for so long, it prints the stacks of all threads and ends
-        the process with exit code 1; None never does.
+      hang_minutes: without a beat, or an item of a progress bar, for so long, it prints the stacks
+        of all threads and ends the process with exit code 1; None never does.
     """
 
     def __init__(self, hang_minutes: float | None):
@@ -29,10 +30,12 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Watchdog:
+        listeners.append(self.beat)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        listeners.remove(self.beat)
         self._done.set()
         self._thread.join()
 
@@ -59,7 +62,7 @@ class Watchdog:
         coordination.fail(
             Failure(
                 1,
-                f"no step for {self._hang_minutes:g} minutes (config.hang_minutes): the stacks of "
-                "all threads are above; resume with the same command",
+                f"nothing goes on for {self._hang_minutes:g} minutes (config.hang_minutes): the "
+                "stacks of all threads are above; resume with the same command",
             )
         )

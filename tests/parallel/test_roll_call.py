@@ -1,6 +1,7 @@
 """Processes, here threads, that wait for each other."""
 
 import concurrent.futures
+import contextlib
 import socket
 import time
 
@@ -8,7 +9,7 @@ import pytest
 
 from mimicnorm_jax.errors import RunError, UserError
 from mimicnorm_jax.parallel import roll_call as module
-from mimicnorm_jax.parallel.roll_call import in_words, roll_call, split_address
+from mimicnorm_jax.parallel.roll_call import digests, in_words, is_own, roll_call, split_address
 from tests.runs import free_port
 
 
@@ -83,11 +84,24 @@ def test_processes_that_were_told_different_numbers_are_an_error(call):
     assert isinstance(errors[0], RunError)
 
 
+NOISE = [
+    *(b"GET / HTTP/1.1\r\n\r\n", b'{"process": "x"}', b"[]", b"", b"\n", bytes(range(256))),
+    *(b"null\n", b"[]\n", b'"process"\n', b"1\n", b"{}\n", b"[" * 60_000 + b"\n", b"x" * 200_000),
+    b'{"process": 1e999, "count": 2, "alike": {}}\n',
+    b'{"process": true, "count": 2, "alike": {}}\n',
+    b'{"process": 1, "count": 2, "alike": []}\n',
+    b'{"process": 1, "count": 2, "alike": {"--workdir": {}}}\n',
+    b'{"process": -1, "count": 2, "alike": {}}\n',
+    b'{"process": 1}\n',
+]
+
+
 def test_strangers_at_the_port_do_no_harm(call, monkeypatch):
     address = f"localhost:{free_port()}"
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        first = pool.submit(roll_call, address, 0, 2, seconds=20.0, say=print)
-        for noise in (b"GET / HTTP/1.1\r\n\r\n", b'{"process": "x"}', b"[]", b""):
+        alike = digests({"--workdir": "run"})
+        first = pool.submit(roll_call, address, 0, 2, seconds=20.0, say=print, alike=alike)
+        for noise in NOISE:
             deadline = time.monotonic() + 10
             while True:
                 try:
@@ -95,10 +109,15 @@ def test_strangers_at_the_port_do_no_harm(call, monkeypatch):
                     break
                 except OSError:
                     assert time.monotonic() < deadline
-            with stranger:
+            with stranger, contextlib.suppress(OSError):  # it is shut out before it has ended
                 stranger.sendall(noise)
-        pool.submit(roll_call, address, 1, 2, seconds=20.0, say=print).result(20)
+                stranger.settimeout(0.3)
+                stranger.recv(100)
+        idle = [socket.create_connection(split_address(address)) for _ in range(80)]
+        pool.submit(roll_call, address, 1, 2, seconds=20.0, say=print, alike=alike).result(20)
         first.result(20)
+        for connection in idle:
+            connection.close()
 
 
 def test_a_port_in_use_is_one_line():
@@ -122,3 +141,34 @@ def test_many_missing_processes_are_summed_up():
     assert in_words([3]) == "process 3"
     assert in_words([5, 1, 2]) == "processes 1, 2 and 5"
     assert in_words(range(64)) == "processes 0, 1, 2, 3, 4, 5, 6, 7 and 56 others"
+
+
+def test_a_process_of_another_run_is_refused_and_the_run_waits_for_its_own():
+    address, said = f"localhost:{free_port()}", []
+    ours, theirs = digests({"--workdir": "ours"}), digests({"--workdir": "theirs"})
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(roll_call, address, 0, 2, seconds=20.0, say=said.append, alike=ours)
+        with pytest.raises(UserError, match="processes 0 and 1 differ in --workdir"):
+            roll_call(address, 1, 2, seconds=20.0, say=print, alike=theirs)
+        roll_call(address, 1, 2, seconds=20.0, say=print, alike=ours)
+        first.result(20)
+    assert said == ["process 0/2 refuses one at its port: processes 0 and 1 differ in --workdir"]
+
+
+def test_a_report_may_come_in_parts():
+    address = f"localhost:{free_port()}"
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        first = pool.submit(roll_call, address, 0, 2, seconds=20.0, say=print)
+        time.sleep(0.3)
+        with socket.create_connection(split_address(address)) as connection:
+            for part in (b'{"process": 1, ', b'"count": 2, "alike"', b": {}}", b"\n"):
+                connection.sendall(part)
+                time.sleep(0.1)
+            first.result(20)
+
+
+def test_it_is_held_on_the_address_that_was_given():
+    """Not on all of the machine's, of which some may lead to strangers."""
+    assert is_own("127.0.0.1") and is_own("localhost") and not is_own("192.0.2.1")
+    with module._server("127.0.0.1", 0) as server:
+        assert server.getsockname()[0] == "127.0.0.1"

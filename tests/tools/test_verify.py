@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import jax
@@ -120,6 +121,98 @@ def test_a_summary_of_another_recipe_is_rejected(run):
     summary = json.loads((run / "summary.json").read_text())
     edit(run / "summary.json", config=summary["config"] | {"learning_rate": 0.2})
     with pytest.raises(VerificationError, match=r"summary\.json was changed"):
+        verify(run, count=1)
+
+
+def edit_metrics(run, change):
+    path = run / "metrics.jsonl"
+    lines = [json.dumps(change(json.loads(line))) for line in path.read_text().splitlines()]
+    path.write_text("".join(line + "\n" for line in lines))
+
+
+def test_accuracies_that_the_states_do_not_give_are_found(run):
+    summary = json.loads((run / "summary.json").read_text())
+    for name in ("final_test_accuracy", "best_test_accuracy"):
+        edit(run / "summary.json", **summary | {name: 0.99})
+        with pytest.raises(VerificationError, match=f"{name} is 0.99 in summary.json"):
+            verify(run, count=1)
+    # and in the lines of metrics, so that they do not contradict each other
+    better = {"final_test_accuracy": 0.99, "best_test_accuracy": 0.99}
+    edit(run / "summary.json", **summary | better)
+    edit_metrics(run, lambda row: row | {k: 0.99 for k in row if k == "test_accuracy"})
+    with pytest.raises(VerificationError, match=r"step 10 is not as good as claimed: test_acc"):
+        verify(run, count=1)
+    # of a run that has not ended there are only these
+    (run / "summary.json").unlink()
+    with pytest.raises(VerificationError, match=r"not as good as claimed: test_accuracy is 0\.99"):
+        verify(run, count=0)
+
+
+def test_exact_statistics_that_the_state_does_not_give_are_found(run):
+    edit(run / "summary.json", final_test_accuracy_recalibrated=0.99)
+    with pytest.raises(VerificationError, match=r"accuracy_recalibrated is 0\.99, and is found"):
+        verify(run, count=1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"steps": 12}, "tells of step 12, of which there is no checkpoint"),
+        ({"best_step": 7, "best_test_accuracy": None}, "best_test_accuracy is None"),
+        ({"best_step": 7}, "the best step is 7, of which there is no checkpoint"),
+    ],
+)
+def test_results_of_states_that_are_not_there_are_found(fields, message, run):
+    edit(run / "summary.json", **fields)
+    with pytest.raises(VerificationError, match=message):
+        verify(run, count=1)
+
+
+def test_the_programs_that_a_run_keeps_are_not_run(run, monkeypatch):
+    """A cache of compiled programs can hold any."""
+    cache = run / "cache"
+    cache.mkdir()
+    (cache / "jit_train_step-cache").write_bytes(b"any")
+    edit(run / "config.json", compilation_cache=str(cache))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    used = []
+    replay = module.replay
+
+    def look(*arguments):
+        used.append(jax.config.jax_compilation_cache_dir)
+        return replay(*arguments)
+
+    monkeypatch.setattr(module, "replay", look)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        assert len(verify(run, count=1)) == 1
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert used and str(run) not in used[0]
+    assert [path.name for path in cache.iterdir()] == ["jit_train_step-cache"]
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/6", "config.json", "summary.json"])
+def test_links_out_of_a_run_are_not_followed(name, run, tmp_path, capsys):
+    (run / name).rename(tmp_path / "elsewhere")
+    (run / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(SystemExit) as ended:
+        main([str(run)])
+    assert ended.value.code == 2
+    assert f"{name} is a link that leads out of the run" in capsys.readouterr().err
+
+
+def test_a_link_within_a_run_and_a_link_to_it_are(run, tmp_path):
+    (run / "checkpoints").rename(run / "kept")
+    (run / "checkpoints").symlink_to("kept")
+    (tmp_path / "link").symlink_to(run)
+    assert len(verify(tmp_path / "link", count=1)) == 1
+
+
+def test_a_pipe_in_a_run_is_not_waited_for(run):
+    (run / "summary.json").unlink()
+    os.mkfifo(run / "summary.json")
+    with pytest.raises(UserError, match=r"summary\.json is neither a file nor a folder"):
         verify(run, count=1)
 
 

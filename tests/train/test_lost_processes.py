@@ -7,7 +7,9 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from mimicnorm_jax.progress_bar import progress_bar
 from mimicnorm_jax.train.watchdog import Watchdog
 from tests.runs import (
     EVERY_STEP,
@@ -17,6 +19,20 @@ from tests.runs import (
     logged_step,
     saved_steps,
 )
+
+
+def decoded_in_processes(folder, count):
+    """Arguments of a run whose images are decoded by worker processes."""
+    for split in ("train", "test"):
+        for label in ("x", "y"):
+            (folder / split / label).mkdir(parents=True)
+            for index in range(40):
+                pixels = np.random.default_rng(index).integers(0, 255, (8, 8, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / split / label / f"{index}.png")
+    return (
+        *("--config.data.name=folder", f"--config.data.dir={folder}", "--config.batch_size=16"),
+        *(f"--config.data.processes={count}", "--config.data.cache_gib=0"),
+    )
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -57,25 +73,15 @@ def test_a_process_that_stands_still_is_given_up(tmp_path, tiny):
         errors = run.errors(0)
         run[1].send_signal(signal.SIGCONT)
         assert run.wait(60)[1] != 0
-    assert "no step for 0.25 minutes (config.hang_minutes)" in errors
+    assert "nothing goes on for 0.25 minutes (config.hang_minutes)" in errors
     assert "(most recent call first)" in errors and "loop.py" in errors
 
 
 def test_a_hang_of_a_single_process_prints_all_stacks_and_ends(tmp_path, tiny):
     """A worker that decodes images is stopped: the loop waits for its batch for ever."""
-    from PIL import Image
-
-    for split in ("train", "test"):
-        for label in ("x", "y"):
-            folder = tmp_path / "images" / split / label
-            folder.mkdir(parents=True)
-            for index in range(40):
-                pixels = np.random.default_rng(index).integers(0, 255, (8, 8, 3), np.uint8)
-                Image.fromarray(pixels).save(folder / f"{index}.png")
     extra = (
-        *("--config.data.name=folder", f"--config.data.dir={tmp_path / 'images'}"),
-        *("--config.data.processes=1", "--config.data.cache_gib=0", "--config.hang_minutes=0.5"),
-        *("--config.batch_size=16", LONG),
+        *decoded_in_processes(tmp_path / "images", 1),
+        *("--config.hang_minutes=0.5", LONG),
     )
     with Run(tmp_path / "out", *tiny, *extra) as run:
         run.wait_until(lambda: logged_step(tmp_path / "run") >= 3)
@@ -89,8 +95,33 @@ def test_a_hang_of_a_single_process_prints_all_stacks_and_ends(tmp_path, tiny):
             for worker in workers:
                 os.kill(worker, signal.SIGKILL)
         errors = run.errors()
-    assert "no step for 0.5 minutes (config.hang_minutes)" in errors
+    assert "nothing goes on for 0.5 minutes (config.hang_minutes)" in errors
     assert "most recent call first" in errors and "loop.py" in errors
+
+
+def lives(pid):
+    """Whether a process is there, and not only its exit code, which nobody asked for."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_workers_end_with_the_run_that_is_killed(tmp_path, tiny):
+    """SIGKILL leaves it no moment to end them, and they would wait for work for ever."""
+    with Run(tmp_path / "out", *tiny, *decoded_in_processes(tmp_path / "images", 2), LONG) as run:
+        run.wait_until(lambda: logged_step(tmp_path / "run") >= 3)
+        workers = children(run[0].pid)
+        assert len(workers) >= 2
+        run.kill()
+    deadline = time.monotonic() + 10
+    while any(map(lives, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    try:
+        assert not any(map(lives, workers))
+    finally:
+        for worker in filter(lives, workers):
+            os.kill(worker, signal.SIGKILL)
 
 
 def children(pid):
@@ -113,3 +144,43 @@ def test_a_run_that_was_stopped_and_continued_did_not_hang(monkeypatch):
         assert not ended
         time.sleep(2.0)
         assert ended
+
+
+def test_what_goes_on_while_a_run_is_set_up_is_heard(monkeypatch):
+    """Images are listed, decoded and measured behind bars, also where nobody looks."""
+    ended = []
+    monkeypatch.setattr(Watchdog, "_end_hanging", lambda self: ended.append(1))
+    with Watchdog(1.0 / 60):
+        for _ in progress_bar(range(8), "images", shown=False):
+            time.sleep(0.25)
+        assert not ended
+    for _ in progress_bar(range(2)):  # which nobody listens to any more
+        pass
+
+
+def test_a_hang_while_a_run_is_set_up_ends_it(tmp_path, tiny):
+    """A data set on a file system that does not answer: here a pipe that nobody writes to."""
+    os.mkfifo(tmp_path / "labels.csv")
+    extra = (
+        *("--config.data.name=folder", f"--config.data.dir={tmp_path}"),
+        *("--config.data.labels_file=labels.csv", "--config.hang_minutes=0.05"),
+    )
+    with Run(tmp_path / "out", *tiny, *extra) as run:
+        assert run.wait(60) == [1]
+        errors = run.errors()
+    assert "nothing goes on for 0.05 minutes" in errors and "most recent call first" in errors
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.long
+def test_a_process_that_compiles_for_longer_than_gloo_waits_is_waited_for(tmp_path, tiny):
+    """Gloo gives the first collective 30 s: it is behind them before anything takes long."""
+    extra = ("--config.network=resnet56", "--config.compilation_cache=", "--config.max_steps=3")
+    (tmp_path / "cache").mkdir()
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    with Run(tmp_path / "out", *tiny, *extra, count=2, **cache) as run:
+        run.wait_until(lambda: "compiling the training step" in run.output())
+        run[1].send_signal(signal.SIGSTOP)
+        time.sleep(45)
+        run[1].send_signal(signal.SIGCONT)
+        assert "finished" in run.succeeds(180) or (tmp_path / "run" / "summary.json").exists()

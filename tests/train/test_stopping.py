@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from mimicnorm_jax.train import stopping
 from mimicnorm_jax.train.stopping import Stopped, StopRequest
 from tests.runs import EVERY_STEP, LONG, Run, continues, logged_step, rows, saved_steps
 
@@ -92,3 +93,52 @@ class TestHangup:
             signal.raise_signal(signal.SIGHUP)
             stop.raise_if_asked()
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+class TestEar:
+    """While a step compiles, Python runs no handler of a signal."""
+
+    @pytest.fixture(autouse=True)
+    def _patience(self, monkeypatch):
+        monkeypatch.setattr(stopping, "_PATIENCE", 0.2)
+
+    def test_hears_what_the_main_thread_does_not(self):
+        left = []
+        with StopRequest(left.append):
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.6)
+        assert left == ["SIGTERM"]
+        assert signal.set_wakeup_fd(-1) == -1
+
+    @pytest.mark.parametrize("seen_to", ["a step was taken", "the main thread stops"])
+    def test_leaves_it_to_the_main_thread(self, seen_to):
+        left = []
+        with StopRequest(left.append) as stop:
+            if seen_to == "a step was taken":
+                stop.something_to_lose()
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(Stopped, match="SIGINT"):
+                stop.raise_if_asked()
+            time.sleep(0.5)
+        assert not left
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
+def test_a_stop_while_the_step_compiles_is_answered_at_once(number, tmp_path, tiny):
+    extra = ("--config.network=resnet110", "--config.compilation_cache=", LONG)
+    (tmp_path / "cache").mkdir()
+    with Run(
+        tmp_path / "out",
+        *(*tiny, *extra, "--stopped-exit-code=75"),
+        JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"),
+    ) as run:
+        run.wait_until(lambda: "compiling the training step" in run.output())
+        time.sleep(1.0)
+        began = time.monotonic()
+        run[0].send_signal(number)
+        assert run.wait(60) == [75]
+        assert time.monotonic() - began < 5
+        assert f"stopped by {number.name} before a step; resume with the same" in run.output()
+        assert "compiled and ran" not in run.output()
