@@ -111,7 +111,6 @@ def verify(
     """
     check_folder(workdir)
     config = saved_config(workdir)
-    config.compilation_cache = "auto"  # not one that the run names: its programs may be any
     if data_dir is not None:
         config.data.dir = data_dir
     configure_jax(config)

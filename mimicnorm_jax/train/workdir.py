@@ -86,6 +86,9 @@ def other_fields(
 def saved_config(workdir: pathlib.Path) -> ConfigDict:
     """The configuration of the run in ``workdir``.
 
+    But for the folder of compiled programs that it names: these are machine code, which nobody who
+    opens the run of someone else asked to run.
+
     Raises:
       UserError: there is none, or none that this version understands.
     """
@@ -99,6 +102,7 @@ def saved_config(workdir: pathlib.Path) -> ConfigDict:
         validate(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    config.compilation_cache = default_config().compilation_cache
     return config
 
 

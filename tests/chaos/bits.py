@@ -64,7 +64,9 @@ def main():
     options = parser.parse_args()
     rows = json.loads(options.json.read_text()) if options.json.exists() else []
     for network in options.networks.split(","):
-        found = {threads: train(network, threads, options.steps, options.flags) for threads in THREADS}
+        found = {
+            threads: train(network, threads, options.steps, options.flags) for threads in THREADS
+        }
         row = {
             "network": network,
             "jax": importlib.metadata.version("jax"),

@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import io
+import json
 import random
 import shutil
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from mimicnorm_jax.tools import verify
 from mimicnorm_jax.train import loop
 from mimicnorm_jax.train.metrics import plot_curves
 from mimicnorm_jax.train.setup import set_up
+from mimicnorm_jax.train.workdir import saved_config
 from tests.wrong_inputs.damage import damages, sample
 
 SEED = 23
@@ -196,3 +198,13 @@ def test_links_in_a_folder_are_not_followed(runs, readers, tmp_path):
         readers["goes on"](folder)
     plot_curves(folder, "a run")
     assert {path.name: path.read_bytes() for path in mine.iterdir()} == before
+
+
+def test_compiled_programs_that_a_run_names_are_not_taken(runs, tmp_path):
+    """They are machine code; what is given with the command is taken."""
+    folder = shutil.copytree(runs.folder, tmp_path / "run")
+    fields = json.loads((folder / "config.json").read_text())
+    fields["compilation_cache"] = str(folder / "programs")
+    (folder / "config.json").write_text(json.dumps(fields))
+    assert saved_config(folder).compilation_cache == "auto"
+    assert not (folder / "programs").exists()
