@@ -39,10 +39,10 @@ def train(network, threads, steps, flags):
         environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
         environment |= {"NPROC": str(threads), "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
         arguments = (*COMMON, *NETWORKS[network], f"--config.max_steps={steps}")
+        arguments = (*arguments, f"--config.network={network}", f"--workdir={workdir}")
         before = os.times()
         done = subprocess.run(
-            [sys.executable, "-m", "mimicnorm_jax.main", *arguments]
-            + [f"--config.network={network}", f"--workdir={workdir}"],
+            [sys.executable, "-m", "mimicnorm_jax.main", *arguments],
             env=environment,
             capture_output=True,
             text=True,
