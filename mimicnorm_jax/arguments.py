@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -66,5 +67,6 @@ def run(program: Callable[[], None], *, interrupted: str = "error: interrupted")
 
 
 def _end(code: int, line: str) -> NoReturn:
-    print(line, file=sys.stderr)
+    with contextlib.suppress(OSError):  # the code tells as well, where nothing can be written
+        print(line, file=sys.stderr, flush=True)
     sys.exit(code)

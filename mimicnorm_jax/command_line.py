@@ -273,5 +273,6 @@ def _fail(failure: Failure) -> NoReturn:
 
 
 def _say(failure: Failure) -> int:
-    print(f"error: {one_line(failure.message)}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # the code tells as well, where nothing can be written
+        print(f"error: {one_line(failure.message)}", file=sys.stderr, flush=True)
     return failure.code

@@ -145,6 +145,12 @@ def with_fields(config: ConfigDict, fields: Mapping[str, Any], path: pathlib.Pat
 
 
 def _check_folder(workdir: pathlib.Path) -> None:
+    try:
+        str(workdir.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"--workdir={workdir} is not UTF-8, which TensorStore needs to write checkpoints"
+        ) from error
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; allowed: a folder, or a new name")
     existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())

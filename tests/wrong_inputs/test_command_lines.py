@@ -5,8 +5,11 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import pathlib
 import random
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -16,6 +19,8 @@ from mimicnorm_jax.paper import drawing
 from mimicnorm_jax.paths import expanded
 from mimicnorm_jax.tools import loss_floor, networks
 from mimicnorm_jax.train.workdir import check_workdir
+from tests.flags import QUICK
+from tests.runs import ROOT
 from tests.wrong_inputs.command_lines import NO_NUMBERS, OTHERS, lines, program_module
 
 # of ml_collections, about itself
@@ -113,6 +118,37 @@ def test_a_workdir_that_cannot_be_used_is_said(path, tmp_path, monkeypatch, tiny
     assert snapshot() == before
     with contextlib.suppress(UserError):
         drawing.make_folder(expanded(path))
+
+
+def test_a_workdir_that_is_not_utf_8_is_refused_before_it_trains(tmp_path, tiny_config):
+    with pytest.raises(UserError, match="is not UTF-8, which TensorStore needs"):
+        check_workdir(tmp_path / "\udcff", tiny_config())
+
+
+def shell(command, cwd, **environment):
+    """Runs a program with its streams as a shell makes them."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": QUICK} | environment
+    return subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m {command}"], cwd=cwd, env=env, capture_output=True
+    )
+
+
+def test_a_terminal_that_knows_ascii_only_shows_escapes(tmp_path):
+    command = "mimicnorm_jax.main --config=digits_resnet20 --workdir=é --config.num_devices=99"
+    done = shell(command.replace("é", "é/file"), tmp_path, PYTHONIOENCODING="ascii", LC_ALL="C")
+    assert done.returncode == 2 and b"error: config.num_devices = 99" in done.stderr
+    (tmp_path / "é").write_text("mine")
+    done = shell(command, tmp_path, PYTHONIOENCODING="ascii", LC_ALL="C")
+    assert done.returncode == 2 and b"--workdir=\\xe9 is a file" in done.stderr
+
+
+def test_an_output_that_is_full_ends_the_program_with_a_code(tmp_path):
+    arguments = "mimicnorm_jax.main --config=digits_resnet20 --workdir=run"
+    done = shell(f"{arguments} > /dev/full", tmp_path)
+    assert done.returncode == 1 and done.stderr == b"error: No space left on device\n"
+    assert shell(f"{arguments} --config.epochs=0 2> /dev/full", tmp_path).returncode == 2
+    verify = "mimicnorm_jax.tools.verify nothing 2> /dev/full"
+    assert shell(verify, tmp_path).returncode == 2
 
 
 def of_processes():
