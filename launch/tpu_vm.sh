@@ -73,7 +73,7 @@ case $action in
   train) # goes on when the connection ends; logs follows it
     arguments=''
     [ $# -eq 0 ] || arguments=$(printf ' %q' "$@")
-    everywhere "cd $folder && if kill -0 \$(cat train.pid 2>/dev/null) 2>/dev/null; then \
+    everywhere "cd $folder && if grep -qs mimicnorm_jax.main /proc/\$(cat train.pid 2>/dev/null || echo 0)/cmdline; then \
 echo 'error: it trains already; stop it first' >&2; exit 2; fi && (setsid nohup .venv/bin/python -m mimicnorm_jax.main \
 --distributed=on$arguments >train.log 2>&1 </dev/null & echo \$! >train.pid)" ;;
   status)

@@ -39,16 +39,21 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def run(program: Callable[[], None], *, interrupted: str = "error: interrupted") -> None:
+def run(
+    program: Callable[[], None],
+    *,
+    interrupted: str = "error: interrupted",
+    code_of: Callable[[Exception], int] = lambda error: 1,
+) -> None:
     """Runs a program; what goes wrong is one line.
 
     Args:
       program: what to run.
       interrupted: what is said after Ctrl-C.
+      code_of: the exit code after a ``RunError`` and what the system refuses.
 
     Raises:
-      SystemExit: with 2 after a wrong input, with 1 after a ``RunError`` and what the system
-        refuses, with 130 after Ctrl-C.
+      SystemExit: with 2 after a wrong input, 130 after Ctrl-C, else as ``code_of`` says.
     """
     print_anything()
     try:
@@ -56,12 +61,12 @@ def run(program: Callable[[], None], *, interrupted: str = "error: interrupted")
     except UserError as error:
         _end(2, f"error: {one_line(str(error))}")
     except RunError as error:
-        _end(1, f"error: {one_line(str(error))}")
-    except BrokenPipeError:
+        _end(code_of(error), f"error: {one_line(str(error))}")
+    except BrokenPipeError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python fails once more when it ends
-        _end(1, "error: what was reading the output has ended")
+        _end(code_of(error), "error: what was reading the output has ended")
     except OSError as error:
-        _end(1, f"error: {one_line(of_system(error))}")
+        _end(code_of(error), f"error: {one_line(of_system(error))}")
     except KeyboardInterrupt:
         _end(130, interrupted)
 

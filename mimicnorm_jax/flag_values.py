@@ -46,6 +46,9 @@ def read_values(argv: Sequence[str]) -> Read:
         if not _takes_value(name):
             kept.append((name, [word]))
             continue
+        if not equals and _is_switch(name):
+            kept.append((name, [word]))
+            continue
         if not equals:
             following = next(words, None)
             if following is None:
@@ -61,6 +64,14 @@ def read_values(argv: Sequence[str]) -> Read:
             value = _whole(value) if _is_whole(name) else value
             kept.append((name, [f"--{name}={value}"]))
     return Read([word for _, these in kept for word in these], tuple(unset))
+
+
+def _is_switch(name: str) -> bool:
+    """Whether it may stand alone, which says that it is true."""
+    if not name.startswith(_PREFIX):
+        return False
+    field = FIELDS[name.removeprefix(_PREFIX)]
+    return (field.kind or type(field.default)) is bool
 
 
 def _takes_value(name: str) -> bool:

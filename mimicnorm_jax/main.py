@@ -71,7 +71,8 @@ def _run() -> None:
     folder = expanded(_WORKDIR.value or default)
     setup.configure_jax(config)
     # Fields in which processes differ are named with their values once they can talk of them.
-    startup.join({"mimicnorm-jax": __version__, "--workdir": folder.name, "--mode": _MODE.value})
+    given = folder.name if _WORKDIR.value else None
+    startup.join({"mimicnorm-jax": __version__, "--workdir": given, "--mode": _MODE.value})
     if _MODE.value == "train":
         code = _STOPPED_EXIT_CODE.value
         if loop.train(config, folder, leave_with=None if guests() else code) is None:

@@ -67,8 +67,14 @@ def test_a_second_start_on_a_tpu_leaves_the_first_alone(tmp_path):
     folder = tmp_path / "mimicnorm-jax"
     (folder / ".venv" / "bin").mkdir(parents=True)
     python = folder / ".venv" / "bin" / "python"
-    python.write_text("#!/bin/sh\nexec sleep 60\n")
+    python.write_text("#!/bin/sh\nsleep 60\n")
     python.chmod(0o755)
+
+    def end(process):
+        deadline = time.monotonic() + 10
+        while os.getpgid(process) != process:  # until it has a session of its own
+            assert time.monotonic() < deadline
+        os.killpg(process, signal.SIGKILL)
 
     def start():
         return subprocess.run(
@@ -84,7 +90,14 @@ def test_a_second_start_on_a_tpu_leaves_the_first_alone(tmp_path):
         assert again.returncode == 2 and "it trains already; stop it first" in again.stderr
         assert (folder / "train.pid").read_text().strip() == number
     finally:
-        os.kill(int(number), signal.SIGKILL)
+        end(int(number))
+    # after a restart of the machine another process has that number
+    (folder / "train.pid").write_text(str(os.getpid()))
+    assert start().returncode == 0
+    deadline = time.monotonic() + 10
+    while (number := (folder / "train.pid").read_text().strip()) in ("", str(os.getpid())):
+        assert time.monotonic() < deadline
+    end(int(number))
 
 
 def dry_run(*arguments, **environment):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import ipaddress
 import json
 import selectors
 import socket
@@ -27,13 +28,19 @@ Say = Callable[[str], None]
 
 
 def is_own(host: str) -> bool:
-    """Whether an address is one of this machine's; else something leads from there to it."""
+    """Whether to listen on an address of this machine only; else on all of them.
+
+    Not where something else leads from there to this machine, nor where this machine takes the name
+    for a loopback address, as many do with their own: others take it for another one.
+    """
     try:
         family, _, _, _, place = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        with socket.create_server(place[:2], family=family):
-            return True
-    except OSError:
+        leads_back = ipaddress.ip_address(str(place[0]).partition("%")[0]).is_loopback
+        socket.create_server(place[:2], family=family).close()
+    except (OSError, ValueError):
         return False
+    is_meant = host in ("localhost", "::1") or host.startswith("127.")
+    return is_meant or not leads_back
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -147,7 +154,10 @@ def _hold(
     with _Callers(server, expected, waiting.say) as callers:
         while missing := set(range(1, count)) - set(callers.present.values()):
             if waiting.is_over():
-                error = f"{in_words(missing)} of {count} did not come within {seconds:.0f} s"
+                error = (
+                    f"{in_words(missing)} of {count} did not come within {seconds:.0f} s"
+                    + callers.refused
+                )
                 callers.tell({"error": error})
                 raise RunError(f"{error}; were all of them started, with the same --coordinator?")
             waiting.tell(in_words(missing))
@@ -166,10 +176,12 @@ class _Callers:
 
     Attributes:
       present: the processes of the run, by connection.
+      refused: in words, why the last one was refused.
     """
 
     def __init__(self, server: socket.socket, expected: dict[str, Any], say: Say):
         self.present: dict[socket.socket, int] = {}
+        self.refused = ""
         self._said: dict[socket.socket, bytes] = {}  # by those who have not said who they are
         self._server = server
         self._expected = expected
@@ -195,8 +207,11 @@ class _Callers:
         for key, _ in self._selector.select(_POLL):
             if key.fileobj is self._server:
                 self._accept()
-            elif isinstance(key.fileobj, socket.socket) and not self._is_welcome(key.fileobj):
-                self._dismiss(key.fileobj)
+                continue
+            known = [c for c in (*self._said, *self.present) if c is key.fileobj]
+            for connection in known:  # unless it was dismissed for another a moment ago
+                if not self._is_welcome(connection):
+                    self._dismiss(connection)
 
     def _dismiss(self, connection: socket.socket) -> None:
         self._selector.unregister(connection)
@@ -251,6 +266,7 @@ class _Callers:
         else:
             return number
         _send(connection, {"refused": reason})
+        self.refused = f" (refused: {reason})"
         self._say(f"process 0/{count} refuses one at its port: {reason}")
         return None
 

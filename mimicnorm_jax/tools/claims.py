@@ -20,9 +20,11 @@ from mimicnorm_jax.train.checkpoint import DIGEST, Progress
 from mimicnorm_jax.train.evaluation import evaluate, recalibrate
 from mimicnorm_jax.train.experiment import Experiment
 from mimicnorm_jax.train.json_files import NUMBER_OR_NULL, check_kinds, read_json
-from mimicnorm_jax.train.metrics import evaluations
+from mimicnorm_jax.train.metrics import chooses, evaluations
 from mimicnorm_jax.train.provenance import config_as_json, config_digest
 from mimicnorm_jax.train.state import TrainState
+
+_ROUNDING = 1e-3  # of accuracies and losses, of another processor or number of threads
 
 #: Reads the state of a step's checkpoint, as host arrays.
 ReadState = Callable[[int], TrainState]
@@ -38,12 +40,13 @@ def check_folder(workdir: pathlib.Path) -> None:
     Raises:
       UserError: it has a link that leads out of it, or what is no file, such as a pipe.
     """
-    root = workdir.resolve()
+    root = pathlib.Path(os.path.realpath(workdir))
     with refused_by_system(f"{workdir} cannot be read"):
         for folder, folders, files in os.walk(workdir):
             for name in (*folders, *files):
                 path = pathlib.Path(folder, name)
-                if path.is_symlink() and not path.resolve().is_relative_to(root):
+                target = pathlib.Path(os.path.realpath(path))
+                if path.is_symlink() and not target.is_relative_to(root):
                     raise UserError(
                         f"{path} is a link that leads out of the run; verify a copy in which the "
                         "files themselves are: cp -rL"
@@ -66,7 +69,7 @@ def check_records(workdir: pathlib.Path, config: ConfigDict, progress: dict[int,
     """
     expected = config_digest(config_as_json(config))
     records = {f"the checkpoint of step {step}": said for step, said in progress.items()}
-    if (summary := _summary(workdir)) is not None:
+    if (summary := read_summary(workdir, progress)) is not None:
         records["summary.json"] = summary
         if config_digest(summary["config"]) != summary["config_sha256"]:
             raise VerificationError(f"{workdir}: summary.json was changed: see its config_sha256")
@@ -81,22 +84,33 @@ def check_records(workdir: pathlib.Path, config: ConfigDict, progress: dict[int,
                 f"{DIGEST} is another"
             )
     for name, said in records.items():
-        if said["config_sha256"] != expected:
+        if said.get("config_sha256") != expected:
             raise VerificationError(
                 f"{workdir}: {name} was made with another configuration than that of config.json"
             )
 
 
-def _summary(workdir: pathlib.Path) -> dict[str, Any] | None:
+def read_summary(workdir: pathlib.Path, steps: Collection[int]) -> dict[str, Any] | None:
+    """The summary of a run; None where there is none, or the run went on since it was written.
+
+    Args:
+      workdir: the run's folder.
+      steps: of its checkpoints.
+    """
     path = workdir / "summary.json"
     if not path.exists():
         return None
     kinds: dict[str, Any] = {"config": dict, "config_sha256": str, "steps": int, DIGEST: str}
-    return read_json(path, kinds)
+    summary = read_json(path, kinds | {"best_step": int})
+    return None if max(steps, default=0) > summary["steps"] else summary
 
 
-def claimed(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
+def claimed(workdir: pathlib.Path, steps: Collection[int]) -> dict[int, dict[str, float]]:
     """The results that a run claims, by step: in its summary and in its lines of metrics.
+
+    Args:
+      workdir: the run's folder.
+      steps: of its checkpoints.
 
     Raises:
       UserError: a file is damaged.
@@ -105,13 +119,14 @@ def claimed(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
     found: dict[int, dict[str, float]] = {}
     rows = evaluations(workdir)
     for row in rows:
-        numbers = {k: v for k, v in row.items() if k.startswith(("test_", "holdout_"))}
+        # null stands for what is not finite, and so for nothing good
+        results = {k: v for k, v in row.items() if k.startswith(("test_", "holdout_"))}
+        numbers = {name: value for name, value in results.items() if value is not None}
         found.setdefault(row["step"], {}).update(numbers)
-    summary = _summary(workdir)
+    summary = read_summary(workdir, steps)
     if summary is None:
         return found
     path = workdir / "summary.json"
-    check_kinds(summary, {"best_step": int}, str(path))
     for prefix, step in (("final", summary["steps"]), ("best", summary["best_step"])):
         for split in ("test", "holdout"):
             key = f"{prefix}_{split}_accuracy"
@@ -137,7 +152,7 @@ def claimed(workdir: pathlib.Path) -> dict[int, dict[str, float]]:
         str(path),
     )["final_test_accuracy_recalibrated"]
     if exact is not None:
-        found[summary["steps"]]["test_accuracy_recalibrated"] = exact
+        found.setdefault(summary["steps"], {})["test_accuracy_recalibrated"] = exact
     return found
 
 
@@ -147,7 +162,6 @@ def check_accuracies(
     steps: Sequence[int],
     replayed: Collection[int],
     read_state: ReadState,
-    refuse: Callable[[int, str], Exception],
 ) -> list[int]:
     """Evaluates checkpoints, and compares what the run says of them.
 
@@ -155,23 +169,26 @@ def check_accuracies(
       workdir: the run's folder.
       experiment: the run.
       steps: of the checkpoints.
-      replayed: those that are evaluated beside the last and the best.
+      replayed: those that are evaluated beside the last and the best; their bits are right.
       read_state: reads one.
-      refuse: from a step, and what is not as claimed, to what is raised.
 
     Returns:
       The steps that were evaluated: those of which the run claims a result.
 
     Raises:
-      VerificationError: the best step has no checkpoint.
+      VerificationError: a result is better or worse, or the best step has no checkpoint.
+      UserError: it differs by no more than another order of sums may make it.
     """
-    said = claimed(workdir)
-    summary = _summary(workdir) or {}
-    if summary and summary["best_step"] not in steps:
+    said = claimed(workdir, steps)
+    summary = read_summary(workdir, steps)
+    if summary is not None and summary["best_step"] not in steps:
         raise VerificationError(
             f"{workdir}: the best step is {summary['best_step']}, of which there is no checkpoint"
         )
-    wanted = {summary.get("steps"), summary.get("best_step"), *replayed}
+    accuracies = {row["step"]: chooses(row) for row in evaluations(workdir)}
+    known = {step: accuracy for step, accuracy in accuracies.items() if step in steps}
+    best = max(known, key=lambda step: known[step], default=None)
+    wanted = {max(steps), best, *replayed} | ({summary["best_step"]} if summary else set())
     chosen = sorted(said.keys() & set(steps) & wanted)
     for step in chosen:
         state = replicate(read_state(step), experiment.mesh)
@@ -180,6 +197,24 @@ def check_accuracies(
             exact = evaluate(experiment, recalibrate(experiment, state))
             found["test_accuracy_recalibrated"] = exact["test_accuracy"]
         for name, value in said[step].items():
-            if not math.isclose(found.get(name, math.nan), value, rel_tol=1e-9):
-                raise refuse(step, f"{name} is {value}, and is found to be {found.get(name)}")
+            got = found.get(name, math.nan)
+            if math.isclose(got, value, rel_tol=1e-9):
+                continue
+            what = f"{name} is {value}, and is found to be {got}"
+            unknown = (
+                f"{workdir}: whether the checkpoint of step {step} is as good as claimed cannot"
+            )
+            if math.isclose(got, value, rel_tol=_ROUNDING, abs_tol=_ROUNDING):
+                raise UserError(
+                    f"{unknown} be found out here: {what}; so little can come of another machine"
+                )
+            if experiment.config.optimizer.ema_decay:
+                raise UserError(
+                    f"{unknown} be found out: {what}, with statistics of "
+                    f"config.optimizer.ema_batches = {experiment.config.optimizer.ema_batches} "
+                    "batches, which may have been others"
+                )
+            raise VerificationError(
+                f"{workdir}: the checkpoint of step {step} is not as good as claimed: {what}"
+            )
     return chosen

@@ -30,6 +30,7 @@ from mimicnorm_jax.tools.claims import (
     check_accuracies,
     check_folder,
     check_records,
+    read_summary,
 )
 from mimicnorm_jax.train.checkpoint import DIGEST, Restored, checkpoint_steps, read
 from mimicnorm_jax.train.experiment import Experiment
@@ -134,15 +135,6 @@ def verify(
                     f"{workdir}: the checkpoint of step {step}: {first_line(error)}"
                 ) from error
 
-    def refuse(step: int, what: str) -> Exception:
-        """The error, unless the machine is another than the one on which that was found."""
-        if differing := differences(progress[step]["hardware"], hardware(experiment.mesh)):
-            return UserError(
-                f"{workdir}: whether the checkpoint of step {step} is right cannot be found out "
-                f"here: the bits differ, and it was made elsewhere: {'; '.join(differing)}"
-            )
-        return VerificationError(f"{workdir}: the checkpoint of step {step} is {what}")
-
     # each is compared with its digest; all their states at once may not fit
     progress = {step: read_step(step).progress for step in steps}
     check_records(workdir, config, progress)
@@ -162,20 +154,25 @@ def verify(
         )
         got = replay(experiment, state, (first, last))
         if got != progress[last][DIGEST]:
-            raise refuse(
-                last,
-                "not what the configuration makes of "
+            if differing := differences(progress[last]["hardware"], hardware(experiment.mesh)):
+                raise UserError(
+                    f"{workdir}: whether the checkpoint of step {last} is right cannot be found "
+                    f"out here: the bits differ, and it was made elsewhere: {'; '.join(differing)}"
+                )
+            raise VerificationError(
+                f"{workdir}: the checkpoint of step {last} is not what the configuration makes of "
                 f"{f'that of step {first}' if first else 'the initial state'}: its {DIGEST} is "
-                f"{progress[last][DIGEST][:12]}…, replayed it is {got[:12]}…",
+                f"{progress[last][DIGEST][:12]}…, replayed it is {got[:12]}…"
             )
         print(f"steps {first} to {last}: the same, {DIGEST} {got[:12]}…", flush=True)
+    if (workdir / "summary.json").exists() and read_summary(workdir, steps) is None:
+        print("summary.json is of before the run went on, and is not looked at", flush=True)
     evaluated = check_accuracies(
         workdir,
         experiment,
         steps,
         {last for _, last in chosen},
         lambda step: read_step(step).state,
-        lambda step, what: refuse(step, f"not as good as claimed: {what}"),
     )
     if evaluated:
         print(f"evaluated as claimed: steps {', '.join(map(str, evaluated))}", flush=True)
@@ -204,7 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         verify(options.run, count=options.intervals, seed=options.seed, data_dir=options.data_dir)
         print("verified")
 
-    run(program)
+    # only what is wrong is 1: what fails while it is looked at is no word on the run
+    run(program, code_of=lambda error: 1 if isinstance(error, VerificationError) else 2)
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def _read(directory: pathlib.Path, step: int, target: TrainState) -> Restored:
 
 def _check_progress(progress: Any) -> None:
     """Raises ``ValueError`` unless it has what ``Checkpoints.save`` was given."""
-    kinds = {DIGEST: str, "config_sha256": str, "hardware": dict, "since_log": list}
+    kinds = {DIGEST: str, "hardware": dict, "since_log": list}
     for name, kind in kinds.items():
         if not isinstance(progress, dict) or not isinstance(progress.get(name), kind):
             raise ValueError(f"its progress has no {name}, or one of another kind")

@@ -131,7 +131,6 @@ def evaluate_run(
 
     coordination.together("workdir", check)
     check_same_configuration(config)
-    connect(coordination.together("devices", lambda: make_mesh(config.num_devices)))
     opened = coordination.together("set-up", lambda: _open(config, workdir, question))
     check_same_images({opened.split: opened.images})
     states = _states(opened, directory, workdir)
@@ -211,6 +210,7 @@ def _open(config: ConfigDict, workdir: pathlib.Path, question: Question) -> _Ope
     of_run = saved_config(workdir) if (workdir / "config.json").exists() else config
     config = _on_devices_here(config, of_run)
     mesh = make_mesh(config.num_devices)
+    connect(mesh)
     silence_false_alarms(mesh)
     description, training = read_description(workdir), None
     if description is None:

@@ -310,6 +310,7 @@ class _Loop:
             self._checkpoints.save(state, progress, best_step=self._records.best["best_step"])
 
     def _finish(self) -> Summary:
+        self._stop.something_to_lose()  # also where no step was left
         evaluation = self._records.evaluation
         assert evaluation is not None
         recalibrated: dict[str, float] = {}

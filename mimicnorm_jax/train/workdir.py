@@ -102,7 +102,8 @@ def saved_config(workdir: pathlib.Path) -> ConfigDict:
         validate(config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    config.compilation_cache = default_config().compilation_cache
+    if config.compilation_cache:
+        config.compilation_cache = default_config().compilation_cache
     return config
 
 

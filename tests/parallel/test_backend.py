@@ -23,11 +23,18 @@ def test_a_backend_that_does_not_start_is_one_line(platform, run_main, tmp_path)
 def test_what_jax_says_is_passed_on():
     def busy():
         raise RuntimeError(
-            "The TPU is already in use by process with pid 7. (set JAX_PLATFORMS='')"
+            "Unable to initialize backend 'tpu': The TPU is in use by process with pid 7. "
+            "(set JAX_PLATFORMS='' to automatically choose an available backend)"
         )
+
+    def lost():
+        raise RuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out")
 
     with pytest.raises(UserError, match=r"in use by process with pid 7\.; JAX_PLATFORMS=cpu"):
         started(busy)
+    with pytest.raises(RuntimeError, match="DEADLINE_EXCEEDED") as raised:
+        started(lost)  # another process: no word on the backend
+    assert not isinstance(raised.value, UserError)
     assert started(lambda: [1]) == [1]
 
 
@@ -56,6 +63,7 @@ def test_warnings_of_jax_are_printed_once_in_a_line(capsys, monkeypatch):
     logger = logging.getLogger("jax")
     before = logger.level, logger.propagate, logger.handlers[:]
     monkeypatch.delenv("JAX_LOGGING_LEVEL", raising=False)
+    logger.handlers = []  # of a program that an earlier test called
     try:
         print_warnings_of_jax()
         print_warnings_of_jax()

@@ -172,3 +172,38 @@ def test_it_is_held_on_the_address_that_was_given():
     assert is_own("127.0.0.1") and is_own("localhost") and not is_own("192.0.2.1")
     with module._server("127.0.0.1", 0) as server:
         assert server.getsockname()[0] == "127.0.0.1"
+
+
+def test_a_name_that_leads_back_here_is_no_place_to_listen_on_alone(monkeypatch):
+    """Many machines take their own name for 127.0.1.1; the others of a run do not."""
+
+    def found(host, port, **_):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(module.socket, "getaddrinfo", found)
+    assert not is_own("machine-7") and is_own("localhost") and is_own("127.0.0.1")
+    with module._server("machine-7", 0) as server:
+        assert server.getsockname()[0] in ("::", "0.0.0.0")
+
+
+def test_a_stranger_that_is_dismissed_while_it_speaks_does_no_harm():
+    server = socket.create_server(("localhost", 0))
+    address = server.getsockname()
+    with module._Callers(server, {"count": 2, "alike": {}}, print) as callers:
+        idle = []
+        for _ in range(module._MOST_STRANGERS):
+            idle.append(socket.create_connection(address))
+            callers.listen()
+        last = socket.create_connection(address)  # for which the first has to go
+        idle[0].sendall(b"x")
+        time.sleep(0.2)
+        callers.listen()
+        callers.listen()
+        assert len(callers._said) == module._MOST_STRANGERS
+    for connection in [*idle, last]:
+        connection.close()
+
+
+def test_the_reason_of_a_refusal_is_in_the_last_word(call):
+    errors, _ = call((0, 2), (1, 3), seconds=1.5)
+    assert "did not come within 2 s (refused: process 1 was told of 3 processes" in str(errors[0])

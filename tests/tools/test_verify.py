@@ -192,6 +192,62 @@ def test_the_programs_that_a_run_keeps_are_not_run(run, monkeypatch):
     assert [path.name for path in cache.iterdir()] == ["jit_train_step-cache"]
 
 
+def test_a_run_that_went_on_after_its_end_is_honest(tmp_path, tiny_config, capsys):
+    """Its summary is of an earlier end, and of a checkpoint that is kept no more."""
+    fields = {"network": "mlp", "checkpoint_every": 3 / 45, "keep_checkpoints": 1}
+    train(tiny_config(max_steps=6, eval_every=3 / 45, **fields), tmp_path / "run")
+    summary = (tmp_path / "run" / "summary.json").read_bytes()
+    train(tiny_config(max_steps=12, eval_every=3 / 45, **fields), tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_bytes(summary)  # as if it had been stopped there
+    assert verify(tmp_path / "run", count=1)
+    said = capsys.readouterr().out
+    assert "summary.json is of before the run went on, and is not looked at" in said
+    assert "evaluated as claimed: steps" in said
+
+
+def test_a_loss_that_was_not_finite_claims_nothing(run):
+    edit_metrics(run, lambda row: row | {k: None for k in row if k == "test_loss"})
+    assert len(verify(run, count=1)) == 1
+
+
+def test_a_little_less_may_come_of_another_machine(run):
+    summary = json.loads((run / "summary.json").read_text())
+    accuracy = summary["final_test_accuracy"] + 5e-4
+    edit(run / "summary.json", final_test_accuracy=accuracy, best_test_accuracy=accuracy)
+    edit_metrics(run, lambda row: row | {k: accuracy for k in row if k == "test_accuracy"})
+    with pytest.raises(UserError, match="so little can come of another machine"):
+        verify(run, count=1)
+
+
+def test_averages_may_have_been_evaluated_with_other_statistics(tmp_path, tiny_config):
+    """``config.optimizer.ema_batches`` may be changed while a run goes on."""
+    fields = {"optimizer__ema_decay": 0.9, "optimizer__ema_batches": 2, "max_steps": 4}
+    train(tiny_config(checkpoint_every=2 / 45, **fields), tmp_path / "run")
+    assert verify(tmp_path / "run", count=1)
+    edit_metrics(tmp_path / "run", lambda row: row | {k: 0.99 for k in row if k == "test_accuracy"})
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(UserError, match=r"config\.optimizer\.ema_batches = 2 batches, which may"):
+        verify(tmp_path / "run", count=1)
+
+
+def test_what_fails_while_it_is_looked_at_is_no_word_on_the_run(run, monkeypatch, capsys):
+    def fails(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "replay", fails)
+    with pytest.raises(SystemExit) as ended:
+        main([str(run)])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: No space left on device\n"
+
+
+def test_links_in_a_circle_are_one_line(run):
+    (run / "notes").symlink_to(run / "more")
+    (run / "more").symlink_to(run / "notes")
+    with pytest.raises(UserError):
+        verify(run, count=1)
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "checkpoints/6", "config.json", "summary.json"])
 def test_links_out_of_a_run_are_not_followed(name, run, tmp_path, capsys):
     (run / name).rename(tmp_path / "elsewhere")

@@ -140,7 +140,7 @@ def test_folders_and_files_without_permission(run, target):
         ({"hardware": None}, "hardware"),
         ({"since_log": {}}, "since_log"),
         ({"since_log": [{"loss": "low"}]}, "since_log"),
-        ({"config_sha256": 5}, "config_sha256"),
+        ({"state_sha256": 5}, "state_sha256"),
     ],
 )
 def test_progress_of_another_kind_is_damage(progress, name, run, target, capsys):

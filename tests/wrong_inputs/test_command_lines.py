@@ -15,6 +15,7 @@ import jax
 import pytest
 
 from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.flag_values import read_values
 from mimicnorm_jax.paper import drawing
 from mimicnorm_jax.paths import expanded
 from mimicnorm_jax.tools import loss_floor, networks
@@ -173,3 +174,25 @@ def test_json_of_flags_is_complete():
     """``lines`` takes the flags of the programs from it."""
     root = pathlib.Path(__file__).parent.parent
     assert len(json.loads((root / "program_flags.json").read_text())) >= 13
+
+
+@pytest.mark.parametrize(
+    ("given", "read", "unset"),
+    [
+        (["--config.max_steps=1e3"], ["--config.max_steps=1000"], ()),
+        (["--config.max_steps", "1_000"], ["--config.max_steps=1000"], ()),
+        (["--config.seed=1.5"], ["--config.seed=1.5"], ()),
+        (["--config.max_steps=None"], [], ("max_steps",)),
+        (["--config.max_steps=5", "--config.max_steps="], [], ("max_steps",)),
+        (["--config.max_steps=None", "--config.max_steps=5"], ["--config.max_steps=5"], ()),
+        (["--config.data.dir=None"], ["--config.data.dir=None"], ()),
+        (["--config.data.flip", "--workdir=x"], ["--config.data.flip", "--workdir=x"], ()),
+        (["--config.data.flip=false"], ["--config.data.flip=false"], ()),
+        (["--config.method_options.conv_bias=None"], [], ("method_options.conv_bias",)),
+        (["--config.learning_rate", "-1"], ["--config.learning_rate=-1"], ()),
+        (["--workdir", "1e3", "run"], ["--workdir", "1e3", "run"], ()),
+    ],
+)
+def test_values_are_read_as_people_write_them(given, read, unset):
+    found = read_values(["program", *given])
+    assert found.argv == ["program", *read] and found.unset == unset
