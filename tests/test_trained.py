@@ -151,11 +151,14 @@ def test_what_is_no_run_is_one_line(run, tmp_path):
         ({"class_names": "ant"}, "run.json is damaged: class_names is .*not a list"),
         ({"view": {}}, r"run.json: view is damaged: it has no size \(a whole number\)"),
         ({"view": view | {"size": 8}}, "run.json is damaged: .*12 x 12 pixels do not come of"),
-        ({"view": view | {"size": None}}, "run.json is damaged"),
-        ({"images": []}, "run.json is damaged"),
+        ({"view": view | {"size": None}}, "run.json: view is damaged: size is None"),
+        ({"images": []}, r"run.json is damaged: images is \[\], not an object"),
         ({"images": images | {"shape": [12, 12]}}, "run.json is damaged"),
         ({"images": images | {"std": [0, 1, 1]}}, "run.json is damaged: .*mean and std"),
-        ({"images": images | {"std": "abc"}}, "run.json is damaged"),
+        (
+            {"images": images | {"std": "abc"}},
+            "run.json: images is damaged: std is 'abc', not a list",
+        ),
     ]:
         (copy / "run.json").write_text(json.dumps(description | change))
         with pytest.raises(UserError, match=message):

@@ -12,6 +12,7 @@ some seconds, after which the run goes on; and a limit on the size of files, as 
 """
 
 import argparse
+import contextlib
 import json
 import pathlib
 import random
@@ -258,8 +259,9 @@ def below(pid):
     """Processes below one, their own children included."""
     found = []
     for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *below(int(child))]
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            for child in (task / "children").read_text().split():
+                found += [int(child), *below(int(child))]
     return found
 
 

@@ -26,8 +26,8 @@ def test_a_table_and_a_picture(run_main, tmp_path):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--classes=1,10", "--classes=1,10 are no numbers of at least 2"),
-        ("--batches=few", "--batches=few are no numbers of at least 1"),
+        ("--classes=1,10", "--classes=1,10 are no numbers from 2 to 1000000"),
+        ("--batches=few", "--batches=few are no numbers from 1 to 1000000"),
         ("--label_smoothing=1", "--label_smoothing=1 is not from 0 to below 1"),
         ("--plot=floor.txt", "does not end in .png or"),
     ],

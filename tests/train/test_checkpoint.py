@@ -13,7 +13,7 @@ def test_the_progress_saved_is_that_of_its_step(tiny_config, tmp_path):
     state = host_copy(experiment.initial_state())
     for step in range(8):  # Orbax writes it in another thread: one try may be lucky
         with contextlib.closing(Checkpoints(tmp_path / str(step), keep=1)) as checkpoints:
-            progress = {"since_log": [{"loss": 2.0}]}
+            progress = {"since_log": [{"loss": 2.0}], "hardware": {}}
             checkpoints.save(state.replace(step=np.array(step, np.int32)), progress, best_step=0)
             progress["since_log"].append({"loss": 1.0})
             progress["since_log"][0]["loss"] = 0.0

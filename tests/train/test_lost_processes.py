@@ -1,5 +1,6 @@
 """Processes that are killed, fail, or hang."""
 
+import contextlib
 import os
 import pathlib
 import signal
@@ -128,8 +129,9 @@ def children(pid):
     """Processes below one, their own children included."""
     found = []
     for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *children(int(child))]
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            for child in (task / "children").read_text().split():
+                found += [int(child), *children(int(child))]
     return found
 
 
