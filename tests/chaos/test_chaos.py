@@ -12,7 +12,7 @@ def test_runs_killed_at_random_moments_lose_nothing_but_time(network, tmp_path):
         tmp_path,
         sigkills=2,
         others=["sigterm", "sighup", "full"],
-        during_save=2,
+        during_save=0,
         epochs=4.0,
         network=network,
         seed=None,
