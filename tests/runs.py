@@ -1,5 +1,6 @@
 """Runs of the training program, of one process or several, as tests start and end them."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -110,6 +111,32 @@ class Run:
             assert all(process.poll() is None for process in self.processes), self.everything()
             assert time.monotonic() < deadline, f"not after {seconds} s: {self.everything()}"
             time.sleep(period)
+
+
+def descendants(pid):
+    """Processes below one, their own children included."""
+    found = []
+    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
+            for child in (task / "children").read_text().split():
+                found += [int(child), *descendants(int(child))]
+    return found
+
+
+def _lives(pid):
+    """Whether a process is there, and not only its exit code, which nobody asked for."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def still_alive(processes, seconds=10):
+    """Those of some processes that have not ended after so long."""
+    deadline = time.monotonic() + seconds
+    while any(map(_lives, processes)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return list(filter(_lives, processes))
 
 
 def rows(workdir):

@@ -23,7 +23,7 @@ LOCAL_FIELDS = (
 # remembers which images it was started with.)
 FREE_FIELDS = (
     *("max_steps", "log_every", "checkpoint_every", "keep_checkpoints", "num_devices"),
-    *("hang_minutes", "skip_limit", "optimizer.ema_batches", "require_same_machine"),
+    *("hang_minutes", "skip_limit", "optimizer.ema_batches", "require_same_machine", "cpu_threads"),
     *LOCAL_FIELDS,
 )
 

@@ -30,6 +30,7 @@ FIELDS: dict[str, Field] = {
     "micro_batches": Field(1, "Parts in which a batch is computed, for its exact gradient in the memory of one part.", **at_least(1, 2**24)),
     "steps_per_call": Field(1, "Steps that a GPU or TPU does without asking the host again, for networks whose steps are short; a CPU always does one.", **at_least(1, 2**10)),
     "require_same_machine": Field(False, "Refuse to resume where processor, vector instructions, threads, devices, JAX or XLA's flags are others than those that saved: the bits may differ.", **true_or_false()),
+    "cpu_threads": Field(None, "Threads that XLA computes with on CPUs; unset: NPROC, else one a processor. The bits of some networks follow their number: set, they do not follow that of the processors.", **at_least(1, 1024), kind=int),
     "deterministic": Field(False, "Deterministic GPU kernels, for bit-exact resume on GPUs (slower).", **true_or_false()),
     "num_devices": Field(None, "Devices to use, over all processes; unset uses all.", **at_least(1), kind=int),
     "log_every": Field(10, "Steps between two lines of metrics.", **at_least(1)),

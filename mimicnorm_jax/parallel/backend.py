@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax
+from jax._src import xla_bridge
 
 from mimicnorm_jax.errors import UserError, first_line, one_line
 
@@ -46,6 +47,37 @@ def started(look: Callable[[], T]) -> T:
         raise UserError(
             f"JAX cannot start its backend{means}: {reason}; JAX_PLATFORMS=cpu trains on the CPU"
         ) from error
+
+
+def pool_threads() -> int:
+    """Threads of XLA's pool on CPUs, which it starts once in a process."""
+    asked = os.environ.get("NPROC", "")
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    affinity = getattr(os, "sched_getaffinity", None)  # which macOS and Windows have not
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def size_pool(threads: int | None) -> None:
+    """Gives XLA's pool on CPUs a number of threads, whatever the number of processors.
+
+    XLA divides long sums among them, so the bits of some networks follow their number.
+
+    Args:
+      threads: how many; None leaves it as it is.
+
+    Raises:
+      UserError: JAX computes already, with another number.
+    """
+    if threads is None or threads == pool_threads():
+        return
+    if not xla_bridge.backends_are_initialized():
+        os.environ["NPROC"] = str(threads)
+    elif jax.default_backend() == "cpu":
+        raise UserError(
+            f"config.cpu_threads = {threads} is too late: JAX computes already, with "
+            f"{pool_threads()}; set it in the first run of a process, or start with NPROC={threads}"
+        )
 
 
 def unused_accelerator(platform: str, root: pathlib.Path = pathlib.Path("/")) -> str | None:

@@ -196,6 +196,14 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
+def is_told_to_stop() -> bool:
+    """Whether JAX's preemption service was told in some process of the run that it is to stop."""
+    try:
+        return bool(_state().client.key_value_try_get("RECEIVED_PREEMPTION_NOTICE"))
+    except Exception:  # nobody was told, or process 0, which holds the store, is gone
+        return False
+
+
 def failure_elsewhere() -> dict[int, Failure]:
     """Failures of other processes."""
     return {p: failure for p, failure in failures().items() if p != process_index()}

@@ -18,8 +18,11 @@ import random
 from collections.abc import Iterator, Sequence
 
 from absl import logging
+from jax._src import xla_bridge
+from ml_collections import ConfigDict
 
 from mimicnorm_jax.arguments import Parser, run
+from mimicnorm_jax.config import FIELDS
 from mimicnorm_jax.errors import RunError, UserError, first_line
 from mimicnorm_jax.parallel import replicate
 from mimicnorm_jax.parallel.backend import print_warnings_of_jax
@@ -32,13 +35,17 @@ from mimicnorm_jax.tools.claims import (
     check_records,
     read_summary,
 )
-from mimicnorm_jax.train.checkpoint import DIGEST, Restored, checkpoint_steps, read
+from mimicnorm_jax.train.checkpoint import (
+    DIGEST,
+    Restored,
+    checkpoint_steps,
+    latest_step,
+    made_with,
+    read,
+)
 from mimicnorm_jax.train.experiment import Experiment
 from mimicnorm_jax.train.pretrained import check_pretrained
-from mimicnorm_jax.train.provenance import (
-    differences,
-    hardware,
-)
+from mimicnorm_jax.train.provenance import differences, hardware
 from mimicnorm_jax.train.setup import configure_jax, set_up
 from mimicnorm_jax.train.state import TrainState, digest, host_copy
 from mimicnorm_jax.train.workdir import check_data, saved_config
@@ -92,6 +99,23 @@ def replay(experiment: Experiment, state: TrainState, interval: Interval) -> str
     return digest(host_copy(state))
 
 
+def _compute_as_the_run_did(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Takes as many devices as the run had last, and on CPUs as many threads.
+
+    These follow the machine where the configuration does not set them, and the bits follow them.
+    """
+    directory = workdir / "checkpoints"
+    with _no_word_on_it():
+        before = made_with(directory, latest_step(directory))
+    names = {"num_devices": "num_devices", "threads": "cpu_threads"}
+    if xla_bridge.backends_are_initialized():  # which has its threads
+        del names["threads"]
+    for name, field in names.items():
+        value = before.get(name)
+        if type(value) is int and FIELDS[field].accepts(value):
+            config[field] = value
+
+
 def verify(
     workdir: pathlib.Path, *, count: int, seed: int | None = None, data_dir: str | None = None
 ) -> list[Interval]:
@@ -114,6 +138,7 @@ def verify(
     config = saved_config(workdir)
     if data_dir is not None:
         config.data.dir = data_dir
+    _compute_as_the_run_did(config, workdir)
     configure_jax(config)
     experiment = set_up(config)
     check_data(workdir, experiment.data_identity)

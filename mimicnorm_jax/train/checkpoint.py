@@ -22,6 +22,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from mimicnorm_jax.errors import RunError, UserError, first_line
 from mimicnorm_jax.parallel import coordination
+from mimicnorm_jax.train.json_files import read_json
 from mimicnorm_jax.train.state import TrainState, digest
 from mimicnorm_jax.train.unreadable import why_unreadable
 
@@ -142,6 +143,23 @@ def _read(directory: pathlib.Path, step: int, target: TrainState) -> Restored:
     if digest(restored.state) != restored.progress[DIGEST]:
         raise ValueError("its digest is not the one saved with it")
     return Restored(restored.state, restored.progress)
+
+
+def made_with(directory: pathlib.Path, step: int) -> dict[str, Any]:
+    """The ``hardware`` that a checkpoint was made with, without starting JAX, as Orbax does.
+
+    Args:
+      directory: holds one folder a step.
+      step: which.
+
+    Returns:
+      Nothing where it cannot be read: ``read`` says why.
+    """
+    try:
+        progress = read_json(directory / str(step) / "progress" / "metadata", {"hardware": dict})
+    except UserError:
+        return {}
+    return progress["hardware"]
 
 
 def _check_progress(progress: Any) -> None:

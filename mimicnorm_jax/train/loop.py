@@ -99,7 +99,8 @@ def _train(
 
 
 def _leave(by: str, code: int) -> NoReturn:
-    print(f"\nstopped by {by} before a step; resume with the same command", flush=True)
+    if coordination.is_first():
+        print(f"\nstopped by {by} before a step; resume with the same command", flush=True)
     coordination.leave(code)
 
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mimicnorm_jax.config import FREE_FIELDS, flatten
+from mimicnorm_jax.parallel.backend import pool_threads
 from mimicnorm_jax.version import __version__
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -46,7 +47,11 @@ def hardware(mesh: Mesh) -> dict[str, Any]:
     threads.
     """
     device = mesh.devices.flat[0]
-    of_machine = {"processor": _processor(), "instructions": _instructions(), "threads": _threads()}
+    of_machine = {
+        "processor": _processor(),
+        "instructions": _instructions(),
+        "threads": pool_threads(),
+    }
     return {
         "device_kind": device.device_kind,
         "num_devices": mesh.size,
@@ -62,6 +67,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """In words, in what two results of ``hardware`` differ, as far as both tell of it."""
     return [
         f"{name.replace('_', ' ')} {_short(before[name])}, now {_short(now[name])}"
+        + (" (config.cpu_threads sets them)" if name == "threads" else "")
         for name in now
         if name in before and before[name] != now[name]
     ]
@@ -91,15 +97,6 @@ def _instructions() -> str:
     there = (_cpu_info().get("flags") or _cpu_info().get("Features") or "").split()
     known = ("amx_tile", "avx512f", "avx2", "avx", "sve2", "sve", "asimd")
     return next((name for name in known if name in there), platform.machine())
-
-
-def _threads() -> int:
-    """Those of XLA's pool, which it sizes when a process starts."""
-    asked = os.environ.get("NPROC", "")
-    if asked.isdecimal() and int(asked):
-        return int(asked)
-    affinity = getattr(os, "sched_getaffinity", None)  # which macOS and Windows have not
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _version(package: str) -> str | None:

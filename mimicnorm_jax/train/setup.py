@@ -20,6 +20,7 @@ from mimicnorm_jax.data.splits import splits_of
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.guest import guests
 from mimicnorm_jax.parallel import connect, coordination, make_mesh
+from mimicnorm_jax.parallel.backend import size_pool
 from mimicnorm_jax.paths import expanded_text
 from mimicnorm_jax.train.description import read_description
 from mimicnorm_jax.train.experiment import Experiment, experiment_of, images_of
@@ -40,6 +41,7 @@ def configure_jax(config: ConfigDict) -> None:
             f"config.precision = {config.precision!r}: another run of this process computes with "
             "other types; wait for its end"
         )
+    size_pool(config.cpu_threads)
     _keep_compiled_programs(config.compilation_cache)
     if is_wide:
         jax.config.update("jax_enable_x64", True)

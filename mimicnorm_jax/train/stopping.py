@@ -11,13 +11,22 @@ from typing import Any
 
 from jax.experimental import multihost_utils
 
-from mimicnorm_jax.parallel.coordination import process_count
+from mimicnorm_jax.parallel.coordination import is_told_to_stop, process_count
 
 _PATIENCE = 2.0  # seconds in which the main thread may come back from a library
+_PERIOD = 0.3  # seconds between two looks at what other processes say
 
 
 class Stopped(Exception):  # noqa: N818 (nothing went wrong)
     """The run was asked to stop; the message says by what."""
+
+
+_OF_SEVERAL = "SIGTERM or preemption"  # of whichever process
+
+
+def _tell_all() -> None:
+    """Tells JAX's preemption service, which hears SIGTERM, and with it the other processes."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 #: Ends the process at once, after a word; it is given the name of the signal.
@@ -29,12 +38,14 @@ class _Ear:
 
     Args:
       numbers: the signals.
-      leave: called some time after one of them, unless this was closed.
+      heard: called some time after one of them, unless this was closed.
+      patience: how long after it, in seconds.
     """
 
-    def __init__(self, numbers: Collection[int], leave: Leave):
+    def __init__(self, numbers: Collection[int], heard: Leave, patience: float):
         self._numbers = set(numbers)
-        self._leave = leave
+        self._heard = heard
+        self._patience = patience
         self._closed = threading.Event()
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
@@ -45,8 +56,8 @@ class _Ear:
 
     def _listen(self) -> None:
         while number := os.read(self._read, 1):
-            if number[0] in self._numbers and not self._closed.wait(_PATIENCE):
-                self._leave(signal.Signals(number[0]).name)
+            if number[0] in self._numbers and not self._closed.wait(self._patience):
+                self._heard(signal.Signals(number[0]).name)
                 return
 
     def close(self) -> None:
@@ -55,6 +66,31 @@ class _Ear:
         os.close(self._write)  # which ends the thread
         self._thread.join()
         os.close(self._read)
+
+
+class _Lookout:
+    """A thread that sees that a process of the run is told to stop, whatever the main thread does.
+
+    Args:
+      leave: called some time after that, unless this was closed.
+    """
+
+    def __init__(self, leave: Leave):
+        self._leave = leave
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="stops", daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        while not self._closed.wait(_PERIOD):
+            if is_told_to_stop():
+                if not self._closed.wait(_PATIENCE):
+                    self._leave(_OF_SEVERAL)
+                return
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
 
 
 class StopRequest:
@@ -67,12 +103,16 @@ class StopRequest:
     A second signal acts as it would have without this.
 
     While the main thread is in a library for long, as when a step compiles, Python does not hear
-    signals. Until ``something_to_lose`` was called, a process that trains alone then ends without
-    it: what it would save is what it began with.
+    signals. Until ``something_to_lose`` was called, the process then ends without it: what it would
+    save is what it began with.
 
     In a run of several processes, JAX's preemption service hears SIGTERM, tells the other
     processes, and agrees with them on the call of ``raise_if_asked`` that stops them all. So
-    each process must call it equally often between the same steps.
+    each process must call it equally often between the same steps. Before the first step they end
+    without that agreement.
+
+    Args:
+      leave: ends the process before it has something to lose; None: it waits for the main thread.
     """
 
     def __init__(self, leave: Leave | None = None) -> None:
@@ -81,7 +121,7 @@ class StopRequest:
         self._received: str | None = None
         self._calls = 0
         self._leave = leave
-        self._ear: _Ear | None = None
+        self._threads: list[_Ear | _Lookout] = []
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is not threading.main_thread():
@@ -93,8 +133,11 @@ class StopRequest:
             heard.append(hangup)
         for number in heard:
             self._before[number] = signal.signal(number, self._handle)
-        if self._alone and self._leave is not None and os.name == "posix":
-            self._ear = _Ear(heard, self._leave)
+        if self._leave is not None and os.name == "posix":
+            if self._alone:
+                self._threads = [_Ear(heard, self._leave, _PATIENCE)]
+            else:
+                self._threads = [_Ear(heard, lambda _: _tell_all(), 0.0), _Lookout(self._leave)]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -103,16 +146,15 @@ class StopRequest:
 
     def something_to_lose(self) -> None:
         """Tells that a step was taken: from now on the main thread has something to save."""
-        if self._ear is not None:
-            self._ear.close()
-            self._ear = None
+        while self._threads:
+            self._threads.pop().close()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._restore()
         if self._alone:
             self._received = signal.Signals(number).name
         else:
-            os.kill(os.getpid(), signal.SIGTERM)
+            _tell_all()
 
     def _restore(self) -> None:
         while self._before:
@@ -127,4 +169,4 @@ class StopRequest:
         if self._received is not None:
             raise Stopped(self._received)
         if not self._alone and multihost_utils.reached_preemption_sync_point(self._calls):
-            raise Stopped("SIGTERM or preemption")
+            raise Stopped(_OF_SEVERAL)

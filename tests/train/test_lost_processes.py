@@ -1,8 +1,6 @@
 """Processes that are killed, fail, or hang."""
 
-import contextlib
 import os
-import pathlib
 import signal
 import time
 
@@ -17,8 +15,10 @@ from tests.runs import (
     LONG,
     Run,
     continues,
+    descendants,
     logged_step,
     saved_steps,
+    still_alive,
 )
 
 
@@ -86,7 +86,7 @@ def test_a_hang_of_a_single_process_prints_all_stacks_and_ends(tmp_path, tiny):
     )
     with Run(tmp_path / "out", *tiny, *extra) as run:
         run.wait_until(lambda: logged_step(tmp_path / "run") >= 3)
-        workers = children(run[0].pid)
+        workers = descendants(run[0].pid)
         assert workers
         for worker in workers:
             os.kill(worker, signal.SIGSTOP)
@@ -100,39 +100,17 @@ def test_a_hang_of_a_single_process_prints_all_stacks_and_ends(tmp_path, tiny):
     assert "most recent call first" in errors and "loop.py" in errors
 
 
-def lives(pid):
-    """Whether a process is there, and not only its exit code, which nobody asked for."""
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def test_workers_end_with_the_run_that_is_killed(tmp_path, tiny):
     """SIGKILL leaves it no moment to end them, and they would wait for work for ever."""
     with Run(tmp_path / "out", *tiny, *decoded_in_processes(tmp_path / "images", 2), LONG) as run:
         run.wait_until(lambda: logged_step(tmp_path / "run") >= 3)
-        workers = children(run[0].pid)
+        workers = descendants(run[0].pid)
         assert len(workers) >= 2
         run.kill()
-    deadline = time.monotonic() + 10
-    while any(map(lives, workers)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    try:
-        assert not any(map(lives, workers))
-    finally:
-        for worker in filter(lives, workers):
-            os.kill(worker, signal.SIGKILL)
-
-
-def children(pid):
-    """Processes below one, their own children included."""
-    found = []
-    for task in pathlib.Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(OSError):  # a thread that has ended meanwhile
-            for child in (task / "children").read_text().split():
-                found += [int(child), *children(int(child))]
-    return found
+    left = still_alive(workers)
+    for worker in left:
+        os.kill(worker, signal.SIGKILL)
+    assert not left
 
 
 def test_a_run_that_was_stopped_and_continued_did_not_hang(monkeypatch):

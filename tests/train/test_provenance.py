@@ -80,7 +80,7 @@ class TestMachine:
         before = {"threads": 2, "xla_flags": "", "num_devices": 1}
         now = {"threads": 8, "xla_flags": "--a", "num_devices": 1, "instructions": "avx2"}
         assert provenance.differences(before, now) == [
-            "threads 2, now 8",
+            "threads 2, now 8 (config.cpu_threads sets them)",
             "xla flags none, now --a",
         ]
 
@@ -94,7 +94,10 @@ class TestMachine:
         capsys.readouterr()
         train(tiny_config(network="mlp", max_steps=3), tmp_path / "run")
         said = capsys.readouterr().out
-        assert "now 77): the bits may differ from those of a run that was not interrupted" in said
+        assert (
+            "now 77 (config.cpu_threads sets them)): the bits may differ from those of a run that"
+            in said
+        )
         monkeypatch.delenv("NPROC")
         train(tiny_config(network="mlp", max_steps=4), tmp_path / "run")
         capsys.readouterr()
