@@ -53,8 +53,9 @@ def of_system(error: OSError) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its name where it has none."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+    """The first line of an exception's message, if need be cut, or its name where it has none."""
+    line = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return line if len(line) <= _MOST_PRINTED else f"{line[:_MOST_PRINTED]}…"
 
 
 def one_line(message: str) -> str:

@@ -101,7 +101,10 @@ def read_builder(path: pathlib.Path) -> Any:
 
     _refuse_foreign_code(path / "features.json")
     try:
-        return tfds.builder_from_directory(path)
+        builder = tfds.builder_from_directory(path)
+        for split in builder.info.splits.values():
+            _ = split.filepaths  # which it makes of the description when asked
+        return builder
     except Exception as error:  # whatever a damaged JSON file makes it raise
         reason = first_line(error)
         raise UserError(f"{path} cannot be read as a TFDS build: {reason}") from error
@@ -110,9 +113,12 @@ def read_builder(path: pathlib.Path) -> Any:
 def _refuse_foreign_code(path: pathlib.Path) -> None:
     """TFDS imports the modules that the description of features names: only its own may be."""
     try:
-        described = json.loads(path.read_text())
-    except (OSError, ValueError):  # which it says itself
+        described = json.loads(path.read_bytes())
+    except FileNotFoundError:  # which TFDS says itself
         return
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise UserError(f"cannot read {path}: {reason}") from error
     for name in _named_classes(described):
         if not name.startswith("tensorflow_datasets.core.features."):
             raise UserError(

@@ -16,7 +16,7 @@ from mimicnorm_jax.export.metadata import FORMAT
 from mimicnorm_jax.export.safetensors import CONFIG, WEIGHTS, load_safetensors
 from mimicnorm_jax.models import create_model
 from mimicnorm_jax.train.description import Description, parse_description
-from mimicnorm_jax.train.json_files import read_json
+from mimicnorm_jax.train.json_files import check_kinds, read_json
 from mimicnorm_jax.train.program import network_arguments
 from mimicnorm_jax.train.restored import RestoredNetwork
 from mimicnorm_jax.train.workdir import with_fields
@@ -54,12 +54,13 @@ def restore_export(folder: pathlib.Path) -> RestoredNetwork:
             f"{path} has format {values.get('format')}, and this version of mimicnorm-jax reads "
             f"{FORMAT}"
         )
-    build = values.get("build")
-    if not build:
+    if not values.get("build"):
         raise UserError(
             f"{folder} was exported from a network of your own: build and fold it, and load it by "
             "mimicnorm_jax.load_safetensors(folded, folder)"
         )
+    build = check_kinds(values, {"build": dict, "run": dict}, str(path))["build"]
+    check_kinds(build, {"config": dict, "description": dict}, f"{path}: build")
     try:
         config = with_fields(default_config(), build["config"], path)
         description = parse_description(build["description"], str(path))

@@ -308,6 +308,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the runs would not hear it
 
     def say(line):
         print(time.strftime("%H:%M:%S"), line, flush=True)

@@ -1,14 +1,21 @@
 """What can be wrong with a JSON file: its bytes, its keys, the kinds of its values.
 
-``damages`` makes every case, ``sample`` a part of them, by a seed.
+``damages`` makes every case, ``sample`` a part of them, by a seed. ``outcome`` says how a reader
+answers.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from mimicnorm_jax.errors import RunError, UserError
+
+REFUSALS = (UserError, RunError)
 
 # One of each kind, and those at which a program stumbles.
 VALUES: dict[str, Any] = {
@@ -110,3 +117,34 @@ def sample(content: bytes, count: int, seed: int) -> list[Damage]:
     kinds, others = every[: len(BYTES) + 3], every[len(BYTES) + 3 :]
     chosen = random.Random(seed).sample(others, min(len(others), max(0, count - len(kinds))))
     return [*kinds[:count], *chosen]
+
+
+def outcome(reader: Callable[[], Any], begun: type[BaseException] | None = None) -> str:
+    """How a reader answers: "refused", "no harm", "goes on", or what is wrong with its answer.
+
+    Args:
+      reader: reads a damaged file.
+      begun: what it raises where a run would go on.
+    """
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            reader()
+        except REFUSALS as error:
+            line = str(error)
+            if "\n" in line or len(line) > 700:
+                return f"a long line: {line[:100]!r}"
+            return "refused"
+        except BaseException as error:
+            if begun is not None and isinstance(error, begun):
+                return "goes on"
+            return f"{type(error).__name__}: {str(error)[:200]}"
+    return "no harm"
+
+
+def assert_well_answered(found: Mapping[str, Sequence[Any]], what: str, *, at_least: int) -> None:
+    """Asserts that each answer is a good one, and that enough of them refuse; prints counts."""
+    counts = {how: len(which) for how, which in found.items()}
+    print(what, counts)
+    bad = counts.keys() - {"goes on", "refused", "no harm"}
+    assert not bad, {how: found[how][:4] for how in bad}
+    assert counts["refused"] >= at_least
