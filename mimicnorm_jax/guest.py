@@ -29,7 +29,8 @@ def guests() -> int:
 def process_left_as_it_was() -> Iterator[None]:
     """Takes back what runs in the ``with`` block set, when the last of them has left.
 
-    Several threads may be in such a block at once.
+    What JAX reads once, when it starts, stays: ``config.cpu_threads`` and ``config.deterministic``
+    in the environment. Several threads may be in such a block at once.
     """
     global _guests
     import jax

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from mimicnorm_jax.data.layout import chosen_split
 from mimicnorm_jax.data.sources import EncodedSource, View, digest
-from mimicnorm_jax.errors import UserError, first_line, refused_by_system, unknown
+from mimicnorm_jax.errors import UserError, first_line, one_line, refused_by_system, unknown
 from mimicnorm_jax.paths import expanded
 
 FORMAT = "array_record"
@@ -129,14 +129,16 @@ def _refuse_foreign_code(path: pathlib.Path) -> None:
 
 def _named_classes(described: Any) -> Iterator[str]:
     """At any depth, by each of the keys that TFDS takes them from."""
-    if isinstance(described, dict):
-        for key in ("pythonClassName", "python_class_name", "type"):
-            if isinstance(described.get(key), str):
-                yield described[key]
-        described = list(described.values())
-    if isinstance(described, list):
-        for inner in described:
-            yield from _named_classes(inner)
+    left = [described]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            for key in ("pythonClassName", "python_class_name", "type"):
+                if isinstance(value.get(key), str):
+                    yield value[key]
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
 
 
 def allow_open_files(count: int) -> None:
@@ -196,8 +198,8 @@ def open_build(path: pathlib.Path) -> Any:
     allow_open_files(shards)
     for split in builder.info.splits.values():
         for shard, expected in zip(split.filepaths, split.shard_lengths, strict=True):
-            if not pathlib.Path(shard).is_file():
-                raise UserError(f"{shard} is missing; remove {path} and {advice}")
+            if not os.path.isfile(shard):
+                raise UserError(f"{one_line(str(shard))} is missing; remove {path} and {advice}")
             try:
                 records = len(ArrayRecordDataSource([str(shard)]))
             except Exception as error:  # a C++ error without a type

@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 from ml_collections import ConfigDict
 
-from mimicnorm_jax.config import default_config, flatten, method_of
+from mimicnorm_jax.config import default_config, flatten, method_of, validate
 from mimicnorm_jax.convert import fold
 from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.export.metadata import FORMAT
 from mimicnorm_jax.export.safetensors import CONFIG, WEIGHTS, load_safetensors
 from mimicnorm_jax.models import create_model
 from mimicnorm_jax.train.description import Description, parse_description
-from mimicnorm_jax.train.json_files import check_kinds, read_json
+from mimicnorm_jax.train.json_files import NUMBER_OR_NULL, check_kinds, read_json
 from mimicnorm_jax.train.program import network_arguments
 from mimicnorm_jax.train.restored import RestoredNetwork
 from mimicnorm_jax.train.workdir import with_fields
@@ -61,10 +61,14 @@ def restore_export(folder: pathlib.Path) -> RestoredNetwork:
         )
     build = check_kinds(values, {"build": dict, "run": dict}, str(path))["build"]
     check_kinds(build, {"config": dict, "description": dict}, f"{path}: build")
+    step = check_kinds(values["run"], {"step": int}, f"{path}: run")["step"]
+    temperature = check_kinds(values, {"temperature": NUMBER_OR_NULL}, str(path))["temperature"]
+    if temperature is not None and temperature <= 0:
+        raise UserError(f"{path} is damaged: temperature is {temperature:g}, not above 0")
     try:
         config = with_fields(default_config(), build["config"], path)
+        validate(config)
         description = parse_description(build["description"], str(path))
-        step, temperature = int(values["run"]["step"]), values["temperature"]
     except (LookupError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise

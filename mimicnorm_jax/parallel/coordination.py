@@ -184,8 +184,9 @@ def _own_name() -> str:
 
 def leave(code: int) -> NoReturn:
     """Ends this process at once; process 0, which holds the store, after the others."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a terminal that is closed
+            stream.flush()
     for worker in multiprocessing.active_children():  # they would wait for work for ever
         worker.kill()
     if not is_first():
@@ -202,6 +203,22 @@ def is_told_to_stop() -> bool:
         return bool(_state().client.key_value_try_get("RECEIVED_PREEMPTION_NOTICE"))
     except Exception:  # nobody was told, or process 0, which holds the store, is gone
         return False
+
+
+_ANSWERS = "mimicnorm/leaves/"
+
+
+def leaves(whether: bool) -> None:
+    """Tells the other processes whether this one leaves before the first step; once in a run."""
+    _tell(_ANSWERS, whether)
+
+
+def all_leave() -> bool | None:
+    """Whether all processes have told that they leave; None: not all have answered."""
+    answers = _told(_ANSWERS)
+    if not all(answers.values()):
+        return False
+    return True if len(answers) == process_count() else None
 
 
 def failure_elsewhere() -> dict[int, Failure]:

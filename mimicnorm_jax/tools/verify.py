@@ -13,10 +13,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import os
 import pathlib
 import random
 from collections.abc import Iterator, Sequence
 
+import jax
 from absl import logging
 from jax._src import xla_bridge
 from ml_collections import ConfigDict
@@ -25,7 +27,7 @@ from mimicnorm_jax.arguments import Parser, run
 from mimicnorm_jax.config import FIELDS
 from mimicnorm_jax.errors import RunError, UserError, first_line
 from mimicnorm_jax.parallel import replicate
-from mimicnorm_jax.parallel.backend import print_warnings_of_jax
+from mimicnorm_jax.parallel.backend import print_warnings_of_jax, started
 from mimicnorm_jax.paths import expanded
 from mimicnorm_jax.progress_bar import progress_bar
 from mimicnorm_jax.tools.claims import (
@@ -100,20 +102,20 @@ def replay(experiment: Experiment, state: TrainState, interval: Interval) -> str
 
 
 def _compute_as_the_run_did(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Takes as many devices as the run had last, and on CPUs as many threads.
+    """Starts JAX with as many threads on CPUs and as many devices as the run had last.
 
-    These follow the machine where the configuration does not set them, and the bits follow them.
+    These follow the machine where nothing sets them, and the bits follow them.
     """
     directory = workdir / "checkpoints"
     with _no_word_on_it():
         before = made_with(directory, latest_step(directory))
-    names = {"num_devices": "num_devices", "threads": "cpu_threads"}
-    if xla_bridge.backends_are_initialized():  # which has its threads
-        del names["threads"]
-    for name, field in names.items():
-        value = before.get(name)
-        if type(value) is int and FIELDS[field].accepts(value):
-            config[field] = value
+    threads, devices = before.get("threads"), before.get("num_devices")
+    is_set = "NPROC" in os.environ or xla_bridge.backends_are_initialized()
+    if not is_set and type(threads) is int and FIELDS["cpu_threads"].accepts(threads):
+        config.cpu_threads = threads
+    configure_jax(config)
+    if type(devices) is int and 1 <= devices <= len(started(jax.devices)):
+        config.num_devices = devices
 
 
 def verify(
@@ -139,7 +141,6 @@ def verify(
     if data_dir is not None:
         config.data.dir = data_dir
     _compute_as_the_run_did(config, workdir)
-    configure_jax(config)
     experiment = set_up(config)
     check_data(workdir, experiment.data_identity)
     check_pretrained(workdir, experiment.pretrained)
@@ -179,10 +180,14 @@ def verify(
         )
         got = replay(experiment, state, (first, last))
         if got != progress[last][DIGEST]:
-            if differing := differences(progress[last]["hardware"], hardware(experiment.mesh)):
+            moved = progress[last].get("hardware_since", 0)
+            elsewhere = differences(progress[last]["hardware"], hardware(experiment.mesh))
+            if first < moved:
+                elsewhere.append(f"up to step {moved} on another machine, or by other versions")
+            if elsewhere:
                 raise UserError(
                     f"{workdir}: whether the checkpoint of step {last} is right cannot be found "
-                    f"out here: the bits differ, and it was made elsewhere: {'; '.join(differing)}"
+                    f"out here: the bits differ, and it was made elsewhere: {'; '.join(elsewhere)}"
                 )
             raise VerificationError(
                 f"{workdir}: the checkpoint of step {last} is not what the configuration makes of "

@@ -13,7 +13,6 @@ import os
 import pathlib
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +27,6 @@ from mimicnorm_jax.train.unreadable import why_unreadable
 
 Progress = dict[str, Any]
 DIGEST = "state_sha256"
-_SETTLING = 1.0  # seconds in which TensorStore complains of each write of a failed checkpoint
 
 
 class Restored(NamedTuple):
@@ -168,9 +166,29 @@ def _check_progress(progress: Any) -> None:
     for name, kind in kinds.items():
         if not isinstance(progress, dict) or not isinstance(progress.get(name), kind):
             raise ValueError(f"its progress has no {name}, or one of another kind")
+    if type(progress.get("hardware_since", 0)) is not int:  # older versions did not tell it
+        raise ValueError("its progress has a hardware_since that is no step")
     for row in progress["since_log"]:
         if not isinstance(row, dict) or not all(type(v) in (int, float) for v in row.values()):
             raise ValueError("its progress has a since_log that is not of metrics")
+
+
+def _quiet_about_failed_writes() -> None:
+    """From now on TensorStore says nothing of each write of a failed checkpoint.
+
+    It tells an event loop, which is closed by then, and what that raises is printed as a traceback
+    of a thread of nobody.
+    """
+    if getattr(sys.unraisablehook, "leaves_out_closed_loops", False):
+        return
+    show = sys.unraisablehook
+
+    def hook(raised: Any) -> None:
+        if str(raised.exc_value) != "Event loop is closed":
+            show(raised)
+
+    hook.leaves_out_closed_loops = True  # type: ignore[attr-defined]
+    sys.unraisablehook = hook
 
 
 class Checkpoints:
@@ -197,6 +215,7 @@ class Checkpoints:
             multiprocessing_options=_alone(),
         )
         self.directory.mkdir(parents=True, exist_ok=True)
+        _quiet_about_failed_writes()
         return _Manager(self.directory.absolute(), options=options)
 
     def save(self, state: TrainState, progress: Progress, *, best_step: int) -> None:
@@ -241,7 +260,6 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # Orbax and TensorStore have no common one
-            time.sleep(_SETTLING)
             self._manager = None  # it would raise the same again when closed
             raise RunError(
                 f"a checkpoint could not be written: {_reason(error)}; "

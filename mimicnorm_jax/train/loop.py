@@ -100,7 +100,8 @@ def _train(
 
 def _leave(by: str, code: int) -> NoReturn:
     if coordination.is_first():
-        print(f"\nstopped by {by} before a step; resume with the same command", flush=True)
+        with contextlib.suppress(OSError):  # a terminal that is closed
+            print(f"\nstopped by {by} before a step; resume with the same command", flush=True)
     coordination.leave(code)
 
 
@@ -154,14 +155,18 @@ class _Loop:
         experiment = self._experiment
         restored = self._checkpoints.restore_latest(experiment.abstract_state)
         self._saved_on: dict[str, Any] = {}
+        self._hardware_since = 0
         if restored is None:
             self._state = experiment.initial_state()
             return
         self._state = replicate(restored.state, experiment.mesh)
         self._saved_on = restored.progress["hardware"]
         coordination.together("machine", self._check_machine)
+        moved = self._saved_on != hardware(experiment.mesh)
+        step = int(restored.state.step)
+        self._hardware_since = step if moved else restored.progress.get("hardware_since", 0)
         rows = coordination.exchange("evaluations", evaluations(self._workdir))[0]
-        self._records.restore(restored.progress["since_log"], rows, int(restored.state.step))
+        self._records.restore(restored.progress["since_log"], rows, step)
 
     def _check_machine(self) -> None:
         """Refuses to go on where ``config.require_same_machine`` says so."""
@@ -170,7 +175,7 @@ class _Loop:
         if differing and self._config.require_same_machine:
             raise UserError(
                 f"--workdir={self._workdir} was saved on another machine, or by other versions: "
-                f"{'; '.join(differing)}; to go on all the same: "
+                f"{'; '.join(differing)}{messages.remedy(differing)}; to go on all the same: "
                 "--config.require_same_machine=false"
             )
 
@@ -306,6 +311,7 @@ class _Loop:
             progress = {
                 "since_log": self._records.since_log,
                 "hardware": hardware(self._experiment.mesh),
+                "hardware_since": self._hardware_since,  # this step
                 "config_sha256": config_digest(config_as_json(self._config)),
             }
             self._checkpoints.save(state, progress, best_step=self._records.best["best_step"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -122,6 +123,12 @@ def loss_floor(config: ConfigDict, num_classes: int) -> str:
     )
 
 
+def remedy(differing: Sequence[str]) -> str:
+    """What takes back a difference, in brackets; of differences in words."""
+    threads = any(line.startswith("threads ") for line in differing)
+    return " (config.cpu_threads sets them)" if threads else ""
+
+
 def resumed(experiment: Experiment, step: int, before: dict[str, Any]) -> str:
     """From which step the run goes on, and what is no longer as it was.
 
@@ -135,8 +142,9 @@ def resumed(experiment: Experiment, step: int, before: dict[str, Any]) -> str:
     if all(before[name] == now[name] for name in ("num_devices", "num_processes")):
         if differing := differences(before, now):
             line += (
-                f"\nNOTE: saved on another machine, or by other versions ({'; '.join(differing)}): "
-                "the bits may differ from those of a run that was not interrupted"
+                f"\nNOTE: saved on another machine, or by other versions ({'; '.join(differing)}"
+                f"{remedy(differing)}): the bits may differ from those of a run that was not "
+                "interrupted"
             )
         return line
     line += (

@@ -67,7 +67,6 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """In words, in what two results of ``hardware`` differ, as far as both tell of it."""
     return [
         f"{name.replace('_', ' ')} {_short(before[name])}, now {_short(now[name])}"
-        + (" (config.cpu_threads sets them)" if name == "threads" else "")
         for name in now
         if name in before and before[name] != now[name]
     ]

@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Collection
 from types import FrameType
 from typing import Any
 
 from jax.experimental import multihost_utils
 
-from mimicnorm_jax.parallel.coordination import is_told_to_stop, process_count
+from mimicnorm_jax.parallel.coordination import (
+    all_leave,
+    is_told_to_stop,
+    leaves,
+    process_count,
+)
 
 _PATIENCE = 2.0  # seconds in which the main thread may come back from a library
 _PERIOD = 0.3  # seconds between two looks at what other processes say
@@ -72,25 +78,37 @@ class _Lookout:
     """A thread that sees that a process of the run is told to stop, whatever the main thread does.
 
     Args:
-      leave: called some time after that, unless this was closed.
+      leave: called some time after that, in all processes, or in none: if one has closed this.
     """
 
     def __init__(self, leave: Leave):
         self._leave = leave
         self._closed = threading.Event()
+        self._answer = threading.Lock()
+        self._leaves = False
         self._thread = threading.Thread(target=self._look, name="stops", daemon=True)
         self._thread.start()
 
     def _look(self) -> None:
         while not self._closed.wait(_PERIOD):
             if is_told_to_stop():
-                if not self._closed.wait(_PATIENCE):
+                self._closed.wait(_PATIENCE)
+                break
+        with self._answer:
+            self._leaves = not self._closed.is_set()
+            leaves(self._leaves)
+        deadline = time.monotonic() + 5 * _PATIENCE  # a process may be lost meanwhile
+        while self._leaves and time.monotonic() < deadline:
+            if (all_do := all_leave()) is not None:
+                if all_do:
                     self._leave(_OF_SEVERAL)
                 return
+            time.sleep(_PERIOD)
 
     def close(self) -> None:
-        self._closed.set()
-        self._thread.join()
+        with self._answer:
+            self._closed.set()
+        self._thread.join()  # who has said that it leaves waits for the others' answers
 
 
 class StopRequest:

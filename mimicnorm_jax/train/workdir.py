@@ -8,6 +8,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from jax._src import xla_bridge
 from ml_collections import ConfigDict
 
 from mimicnorm_jax.config import FIELDS, FREE_FIELDS, TEST_FIELDS, default_config, validate
@@ -87,7 +88,8 @@ def saved_config(workdir: pathlib.Path) -> ConfigDict:
     """The configuration of the run in ``workdir``.
 
     But for the folder of compiled programs that it names: these are machine code, which nobody who
-    opens the run of someone else asked to run.
+    opens the run of someone else asked to run. And but for the number of threads where JAX has its
+    own already.
 
     Raises:
       UserError: there is none, or none that this version understands.
@@ -104,6 +106,8 @@ def saved_config(workdir: pathlib.Path) -> ConfigDict:
         raise UserError(f"{path}: {error}") from error
     if config.compilation_cache:
         config.compilation_cache = default_config().compilation_cache
+    if xla_bridge.backends_are_initialized():
+        config.cpu_threads = None
     return config
 
 

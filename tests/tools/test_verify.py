@@ -301,3 +301,28 @@ def test_other_bits_of_another_machine_are_no_proof(honest, monkeypatch, capsys)
     monkeypatch.undo()
     monkeypatch.setattr(module, "hardware", lambda mesh: hardware(mesh) | {"threads": 77})
     assert len(verify(honest, count=1)) == 1  # equal bits are a proof, wherever they are found
+
+
+def test_a_run_that_moved_inside_an_interval_is_not_called_wrong(honest, monkeypatch, capsys):
+    """The last checkpoint tells of one machine; another made the first steps, and left nothing."""
+    monkeypatch.setattr(module, "replay", lambda *_: "0" * 64)
+    read = module.read
+
+    def moved(directory, step, target):
+        found = read(directory, step, target)
+        return found._replace(progress=found.progress | {"hardware_since": 2})
+
+    monkeypatch.setattr(module, "read", moved)
+    with pytest.raises(UserError, match=r"up to step 2 on another machine"):
+        verify(honest, count=0)
+    monkeypatch.setattr(module, "intervals", lambda steps: [(3, 6)])
+    with pytest.raises(module.VerificationError):
+        verify(honest, count=0)
+
+
+def test_more_devices_than_there_are_are_no_reason_to_look_at_nothing(run, capsys):
+    (path,) = (run / "checkpoints" / "10" / "progress").rglob("metadata")
+    progress = json.loads(path.read_text())
+    progress["hardware"]["num_devices"] = 64
+    path.write_text(json.dumps(progress))
+    assert len(verify(run, count=0)) == 4  # equal bits are a proof, wherever they are found

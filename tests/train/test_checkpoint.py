@@ -1,4 +1,6 @@
 import contextlib
+import sys
+import types
 
 import numpy as np
 
@@ -19,3 +21,22 @@ def test_the_progress_saved_is_that_of_its_step(tiny_config, tmp_path):
             progress["since_log"][0]["loss"] = 0.0
         restored = checkpoints.restore_latest(experiment.abstract_state)
         assert restored.progress["since_log"] == [{"loss": 2.0}]
+
+
+def test_writes_that_fail_after_a_failed_checkpoint_print_nothing(
+    tiny_config, tmp_path, monkeypatch
+):
+    """TensorStore raises one error a write where nobody can catch it."""
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    state = host_copy(set_up(tiny_config()).initial_state())
+    for name in ("a", "b"):
+        with contextlib.closing(Checkpoints(tmp_path / name)) as checkpoints:
+            checkpoints.save(state, {"since_log": [], "hardware": {}}, best_step=0)
+    closed, other = (
+        types.SimpleNamespace(exc_value=RuntimeError(message))
+        for message in ("Event loop is closed", "something else")
+    )
+    sys.unraisablehook(closed)
+    sys.unraisablehook(other)
+    assert shown == [other]

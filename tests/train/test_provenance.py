@@ -80,7 +80,7 @@ class TestMachine:
         before = {"threads": 2, "xla_flags": "", "num_devices": 1}
         now = {"threads": 8, "xla_flags": "--a", "num_devices": 1, "instructions": "avx2"}
         assert provenance.differences(before, now) == [
-            "threads 2, now 8 (config.cpu_threads sets them)",
+            "threads 2, now 8",
             "xla flags none, now --a",
         ]
 
@@ -103,3 +103,11 @@ class TestMachine:
         capsys.readouterr()
         train(tiny_config(network="mlp", max_steps=5, require_same_machine=True), tmp_path / "run")
         assert "the bits may differ" not in capsys.readouterr().out
+
+    def test_since_when_a_run_computes_here_is_kept(self, tiny_config, tmp_path, monkeypatch):
+        for steps, threads, since in ((2, "7", 0), (4, "9", 2), (6, "9", 2)):
+            monkeypatch.setenv("NPROC", threads)
+            train(tiny_config(network="mlp", max_steps=steps), tmp_path / "run")
+            checkpoint = tmp_path / "run" / "checkpoints" / str(steps)
+            progress = json.loads((checkpoint / "progress" / "metadata").read_text())
+            assert progress["hardware_since"] == since

@@ -1,11 +1,14 @@
 """SIGTERM, SIGINT and SIGHUP, at inconvenient moments."""
 
+import io
+import os
 import signal
+import sys
 import time
 
 import pytest
 
-from mimicnorm_jax.train import stopping
+from mimicnorm_jax.train import loop, stopping
 from mimicnorm_jax.train.stopping import Stopped, StopRequest
 from tests.runs import EVERY_STEP, LONG, Run, continues, logged_step, rows, saved_steps
 
@@ -121,6 +124,61 @@ class TestEar:
                 stop.raise_if_asked()
             time.sleep(0.5)
         assert not left
+
+
+class TestLookout:
+    """Processes leave before the first step together, or none does."""
+
+    @pytest.fixture
+    def told(self, monkeypatch):
+        """What this process told the others; they were told to stop."""
+        told = []
+        monkeypatch.setattr(stopping, "_PATIENCE", 0.2)
+        monkeypatch.setattr(stopping, "_PERIOD", 0.02)
+        monkeypatch.setattr(stopping, "is_told_to_stop", lambda: True)
+        monkeypatch.setattr(stopping, "leaves", told.append)
+        return told
+
+    @pytest.mark.parametrize("answers", [(None, None, True), (None, False)])
+    def test_waits_for_all_answers(self, answers, told, monkeypatch):
+        left, coming = [], iter(answers)
+        monkeypatch.setattr(stopping, "all_leave", lambda: next(coming))
+        lookout = stopping._Lookout(left.append)
+        time.sleep(0.6)
+        lookout.close()  # too late: it has said that it leaves
+        assert told == [True] and bool(left) == answers[-1]
+
+    def test_stays_where_a_step_was_taken(self, told, monkeypatch):
+        left = []
+        monkeypatch.setattr(stopping, "all_leave", lambda: pytest.fail("it asks nobody"))
+        lookout = stopping._Lookout(left.append)
+        time.sleep(0.1)
+        lookout.close()
+        assert told == [False] and not left
+
+    def test_does_not_wait_for_a_process_that_is_lost(self, told, monkeypatch):
+        left = []
+        monkeypatch.setattr(stopping, "all_leave", lambda: None)
+        lookout = stopping._Lookout(left.append)
+        time.sleep(0.3)
+        began = time.monotonic()
+        lookout.close()
+        assert time.monotonic() - began < 3 and told == [True] and not left
+
+
+def test_a_terminal_that_is_closed_is_no_reason_to_stay(monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+
+        def flush(self):
+            self.write("")
+
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    monkeypatch.setattr(sys, "stdout", Closed())
+    loop._leave("SIGHUP", 75)
+    assert codes == [75]
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ BYTES: dict[str, bytes] = {
     "a trailing comma": b'{"a": 1,}',
     "deep nesting": b"[" * 100_000,
     "deep objects": b'{"a":' * 100_000,
+    "deep lists that end": b'{"a": ' + b"[" * 2_000 + b"]" * 2_000 + b"}",
     "an empty object": b"{}",
     "a number of 10,000 digits": b'{"format": 1' + b"0" * 10_000 + b"}",
 }
@@ -112,11 +113,10 @@ def damages(content: bytes) -> Iterator[Damage]:
 
 
 def sample(content: bytes, count: int, seed: int) -> list[Damage]:
-    """``count`` of them, each kind of bytes among them."""
+    """Each kind of bytes, and ``count`` of the changed keys and values."""
     every = list(damages(content))
     kinds, others = every[: len(BYTES) + 3], every[len(BYTES) + 3 :]
-    chosen = random.Random(seed).sample(others, min(len(others), max(0, count - len(kinds))))
-    return [*kinds[:count], *chosen]
+    return [*kinds, *random.Random(seed).sample(others, min(len(others), count))]
 
 
 def outcome(reader: Callable[[], Any], begun: type[BaseException] | None = None) -> str:

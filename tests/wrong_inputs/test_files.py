@@ -19,7 +19,7 @@ from mimicnorm_jax.train.workdir import saved_config
 from tests.wrong_inputs.damage import REFUSALS, assert_well_answered, damages, outcome, sample
 
 SEED = 23
-IN_CI, IN_ALL = 20, 120  # of each file and reader
+IN_CI, IN_ALL = 10, 120  # of each file and reader
 
 # What a folder of a run is opened for, and which of its files count there.
 READERS = {

@@ -12,10 +12,10 @@ from mimicnorm_jax.train import loop
 from mimicnorm_jax.train.pretrained import NAME, check_pretrained, remembered
 from mimicnorm_jax.train.setup import set_up
 from tests.archives import data_config
-from tests.wrong_inputs.damage import assert_well_answered, outcome, sample
+from tests.wrong_inputs.damage import BYTES, assert_well_answered, outcome, sample
 
 SEED = 23
-COUNTS = [20, pytest.param(120, marks=pytest.mark.long)]
+COUNTS = [10, pytest.param(300, marks=pytest.mark.long)]
 
 
 def check_answers(path, count, reader, *, inside=None, around=lambda content: content):
@@ -29,7 +29,8 @@ def check_answers(path, count, reader, *, inside=None, around=lambda content: co
         path.write_bytes(around(damage.content))
         found[outcome(reader)].append(damage.name)
     path.write_bytes(whole)
-    assert_well_answered(found, path.name, at_least=15)
+    # of the changed values a part is in what the reader does not look at
+    assert_well_answered(found, path.name, at_least=len(BYTES) + count // 10)
 
 
 @pytest.mark.parametrize("count", COUNTS)
