@@ -31,6 +31,7 @@ from mimicnorm_jax.guest import process_left_as_it_was
 from mimicnorm_jax.parallel import coordination
 from mimicnorm_jax.parallel.backend import print_warnings_of_jax
 from mimicnorm_jax.parallel.coordination import Failure
+from mimicnorm_jax.paths import expanded
 
 
 def _define_config() -> flags.FlagHolder[ConfigDict]:
@@ -105,11 +106,14 @@ def _parse(argv: list[str], saved_in: SavedIn | None) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
-        first: BaseException = error
-        while first.__context__:
-            first = first.__context__
-        if isinstance(first, UserError):  # of the file that --config names
-            raise first from None
+        chain: list[BaseException] = [error]
+        while chain[-1].__context__:
+            chain.append(chain[-1].__context__)
+        # of the file that --config names; what is raised with its traceback has the same type
+        ours = [each for each in chain if isinstance(each, UserError)]
+        if ours:
+            raise ours[-1] from None
+        first = chain[-1]
         if "Error whilst parsing config file" in str(error):
             raise _config_failed(str(path), first) from error
         raise UserError(str(error).splitlines()[0]) from error
@@ -141,6 +145,8 @@ def _config_failed(path: str, error: BaseException) -> UserError:
 
 def _config_is_missing(saved_in: SavedIn | None) -> UserError:
     instead = "; or --workdir=RUN of a run that was begun" if saved_in else ""
+    if saved_in and (folder := given(sys.argv, "workdir")) and not expanded(folder).exists():
+        instead = f"; and --workdir={folder} is no run: it does not exist"
     return UserError(f"--config is missing; for example --config digits_resnet20{instead}")
 
 

@@ -15,6 +15,7 @@ from mimicnorm_jax.errors import UserError, shown
 _PREFIX = "config."
 _NUMBER = re.compile(r"[+-]?\d[\d_]*(\.\d*)?([eE]\+?\d{1,2})?")
 _UNSET = ("", "none", "null")
+_TRUTHS = ("true", "t", "1", "false", "f", "0")
 # Whole numbers beyond it are a slip of the hand everywhere, and a list of so many fills the memory.
 _LARGEST = 2**40
 
@@ -36,6 +37,9 @@ def read_values(argv: Sequence[str]) -> Read:
 
     Args:
       argv: the program and its arguments.
+
+    Raises:
+      UserError: no whole number, or neither true nor false, where it must be one.
     """
     kept: list[tuple[str, list[str]]] = []  # a flag's name, and the words that set it
     unset: dict[str, None] = {}
@@ -61,7 +65,9 @@ def read_values(argv: Sequence[str]) -> Read:
             unset[field] = None
             kept = [(flag, these) for flag, these in kept if flag != name]
         else:
-            value = _whole(value) if _is_whole(name) else value
+            value = _whole(name, value) if _is_whole(name) else value
+            if _is_switch(name) and value.lower() not in _TRUTHS:
+                raise UserError(f"--{name}={shown(value)} is neither true nor false")
             kept.append((name, [f"--{name}={value}"]))
     return Read([word for _, these in kept for word in these], tuple(unset))
 
@@ -89,12 +95,17 @@ def _is_whole(name: str) -> bool:
     return name in flags.FLAGS and isinstance(flags.FLAGS[name].parser, flags.IntegerParser)
 
 
-def _whole(text: str) -> str:
-    """``1e2`` as ``100``; what is no whole number stays as it is."""
-    if not _NUMBER.fullmatch(text.strip()):
-        return text
-    value = float(text)
-    return str(int(value)) if value.is_integer() and abs(value) < _LARGEST else text
+def _whole(name: str, text: str) -> str:
+    """``1e2`` as ``100``."""
+    if _NUMBER.fullmatch(text.strip()):
+        value = float(text)
+        if value.is_integer() and abs(value) < _LARGEST:
+            return str(int(value))
+    try:
+        int(text, 0)
+    except ValueError:
+        raise UserError(f"--{name}={shown(text)} is not a whole number") from None
+    return text
 
 
 def check_numbers() -> None:

@@ -82,7 +82,7 @@ CASES = {
         ["--config.batch_size=4", "--config.method=batchnorm"], "need at least 8"
     ),
     "batch and devices": Case(["--config.batch_size=30"], "30 does not divide by the 4 devices"),
-    "too many devices": Case(["--config.num_devices=5"], "there are only 4 devices"),
+    "too many devices": Case(["--config.num_devices=5"], "but the number of devices is 4"),
     "image too small": Case(
         ["--config.network=vgg11", "--config.data.image_size=16"], "multiple of 32, got 16"
     ),

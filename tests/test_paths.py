@@ -22,8 +22,21 @@ def _home(tmp_path, monkeypatch):
 def test_homes_and_variables(tmp_path):
     assert expanded("~/a") == expanded("$HOME/a") == expanded("${HOME}/a") == tmp_path / "a"
     assert expanded(pathlib.Path("$SCRATCH") / "b") == tmp_path / "scratch" / "b"
-    assert expanded("$NOT_SET/~/a") == pathlib.Path("$NOT_SET/~/a")
-    assert expanded_text("gs://bucket/$NOT_SET") == "gs://bucket/$NOT_SET"
+    assert expanded("a/~/$") == pathlib.Path("a/~/$")
+    assert expanded_text("gs://bucket/$SCRATCH") == f"gs://bucket/{tmp_path}/scratch"
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("$NOT_SET/a", r"'\$NOT_SET/a': the variable \$NOT_SET is not set"),
+        ("gs://b/${NOT_SET}", r"the variable \$NOT_SET is not set"),
+        ("~nobody-has-this-name/a", r"there is no user 'nobody-has-this-name'"),
+    ],
+)
+def test_what_stands_for_nothing_is_no_folder(path, said):
+    with pytest.raises(UserError, match=said):
+        expanded_text(path)
 
 
 @pytest.mark.parametrize("directory", ["~/photos", "$HOME/photos"])

@@ -41,7 +41,7 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
         num_devices = len(devices)
     if num_devices > len(devices):
         raise UserError(
-            f"config.num_devices = {num_devices}, but there are only {len(devices)} devices"
+            f"config.num_devices = {num_devices}, but the number of devices is {len(devices)}"
         )
     if num_devices % processes:
         raise UserError(

@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mimicnorm_jax.errors import RunError, UserError, refused_by_system
+from mimicnorm_jax.errors import RunError, UserError, refused_by_system, shown
 from mimicnorm_jax.parallel import replicate
 from mimicnorm_jax.train.checkpoint import DIGEST, Progress
 from mimicnorm_jax.train.evaluation import evaluate, recalibrate
@@ -71,6 +71,12 @@ def check_records(workdir: pathlib.Path, config: ConfigDict, progress: dict[int,
     records = {f"the checkpoint of step {step}": said for step, said in progress.items()}
     if (summary := read_summary(workdir, progress)) is not None:
         records["summary.json"] = summary
+        for name in ("network", "method", "seed"):
+            if summary.get(name, config[name]) != config[name]:
+                raise VerificationError(
+                    f"{workdir}: summary.json says {name} {shown(summary[name])}, and config.json "
+                    f"{config[name]!r}"
+                )
         if config_digest(summary["config"]) != summary["config_sha256"]:
             raise VerificationError(f"{workdir}: summary.json was changed: see its config_sha256")
         step = summary["steps"]

@@ -229,7 +229,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def program() -> None:
         options = _parse(arguments)
         verify(options.run, count=options.intervals, seed=options.seed, data_dir=options.data_dir)
-        print("verified")
+        print("verified: states and what they are evaluated to; not losses, times and versions")
 
     # only what is wrong is 1: what fails while it is looked at is no word on the run
     run(program, code_of=lambda error: 1 if isinstance(error, VerificationError) else 2)

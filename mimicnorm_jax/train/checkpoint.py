@@ -110,7 +110,7 @@ def read(directory: pathlib.Path, step: int, target: TrainState) -> Restored:
       target: shapes and types.
 
     Raises:
-      ValueError: the state has another digest than the one saved with it.
+      ValueError: the state has another digest than the one saved with it, or is of another step.
       RunError: the system does not hand it out, for want of permission or memory, or because a
         disk fails; its content may be right.
       Exception: whatever a damaged file makes a decoder raise.
@@ -140,6 +140,8 @@ def _read(directory: pathlib.Path, step: int, target: TrainState) -> Restored:
     # Neither the compression nor the file system promises to notice a block of zeros.
     if digest(restored.state) != restored.progress[DIGEST]:
         raise ValueError("its digest is not the one saved with it")
+    if (saved_at := int(restored.state.step)) != step:
+        raise ValueError(f"it is that of step {saved_at}, in a folder of another name")
     return Restored(restored.state, restored.progress)
 
 

@@ -156,12 +156,15 @@ class _Loop:
         restored = self._checkpoints.restore_latest(experiment.abstract_state)
         self._saved_on: dict[str, Any] = {}
         self._hardware_since = 0
+        self._is_changed = False
+        self._config_sha256 = config_digest(config_as_json(self._config))
         if restored is None:
             self._state = experiment.initial_state()
             return
         self._state = replicate(restored.state, experiment.mesh)
         self._saved_on = restored.progress["hardware"]
         coordination.together("machine", self._check_machine)
+        self._is_changed = restored.progress.get("config_sha256") != self._config_sha256
         moved = self._saved_on != hardware(experiment.mesh)
         step = int(restored.state.step)
         self._hardware_since = step if moved else restored.progress.get("hardware_since", 0)
@@ -174,7 +177,7 @@ class _Loop:
         differing = differences(self._saved_on, now) if coordination.is_first() else []
         if differing and self._config.require_same_machine:
             raise UserError(
-                f"--workdir={self._workdir} was saved on another machine, or by other versions: "
+                f"--workdir={self._workdir} was saved by a run that computed otherwise: "
                 f"{'; '.join(differing)}{messages.remedy(differing)}; to go on all the same: "
                 "--config.require_same_machine=false"
             )
@@ -202,6 +205,8 @@ class _Loop:
         total = self._experiment.total_steps
         if self._step:
             self._progress.say(messages.resumed(self._experiment, self._step, self._saved_on))
+            if self._is_changed:
+                self._progress.say(messages.CHANGED)
         evaluated = self._records.evaluation is not None
         if self._step and not evaluated and self._experiment.due(self._step).evaluation:
             self._evaluate()  # what a stop interrupted
@@ -312,7 +317,7 @@ class _Loop:
                 "since_log": self._records.since_log,
                 "hardware": hardware(self._experiment.mesh),
                 "hardware_since": self._hardware_since,  # this step
-                "config_sha256": config_digest(config_as_json(self._config)),
+                "config_sha256": self._config_sha256,
             }
             self._checkpoints.save(state, progress, best_step=self._records.best["best_step"])
 

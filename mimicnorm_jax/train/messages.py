@@ -123,6 +123,12 @@ def loss_floor(config: ConfigDict, num_classes: int) -> str:
     )
 
 
+CHANGED = (
+    "WARNING: config.json is not what this checkpoint was made with: it was edited, or another "
+    "version of mimicnorm-jax wrote it"
+)
+
+
 def remedy(differing: Sequence[str]) -> str:
     """What takes back a difference, in brackets; of differences in words."""
     threads = any(line.startswith("threads ") for line in differing)
@@ -142,7 +148,7 @@ def resumed(experiment: Experiment, step: int, before: dict[str, Any]) -> str:
     if all(before[name] == now[name] for name in ("num_devices", "num_processes")):
         if differing := differences(before, now):
             line += (
-                f"\nNOTE: saved on another machine, or by other versions ({'; '.join(differing)}"
+                f"\nNOTE: it computes otherwise than what saved it ({'; '.join(differing)}"
                 f"{remedy(differing)}): the bits may differ from those of a run that was not "
                 "interrupted"
             )

@@ -37,7 +37,7 @@ def test_an_honest_run_is_accepted_and_left_as_it_is(honest, capsys):
     main([str(honest), "--intervals=2", "--seed=1"])
     output = capsys.readouterr().out
     assert "4 checkpoints; replaying 2 of 4 intervals" in output
-    assert output.endswith("verified\n")
+    assert "\nverified: states" in output
     assert {path: path.stat().st_mtime_ns for path in honest.rglob("*")} == before
 
 
@@ -326,3 +326,12 @@ def test_more_devices_than_there_are_are_no_reason_to_look_at_nothing(run, capsy
     progress["hardware"]["num_devices"] = 64
     path.write_text(json.dumps(progress))
     assert len(verify(run, count=0)) == 4  # equal bits are a proof, wherever they are found
+
+
+@pytest.mark.parametrize("forged", [{"network": "resnet50"}, {"method": "fixup"}, {"seed": 7}])
+def test_what_a_summary_says_of_the_configuration_is_compared(forged, run):
+    path = run / "summary.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | forged))
+    (name,) = forged
+    with pytest.raises(VerificationError, match=rf"summary\.json says {name} "):
+        verify(run, count=1)

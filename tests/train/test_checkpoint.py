@@ -3,7 +3,9 @@ import sys
 import types
 
 import numpy as np
+import pytest
 
+from mimicnorm_jax.errors import UserError
 from mimicnorm_jax.train.checkpoint import Checkpoints
 from mimicnorm_jax.train.setup import set_up
 from mimicnorm_jax.train.state import host_copy
@@ -40,3 +42,15 @@ def test_writes_that_fail_after_a_failed_checkpoint_print_nothing(
     sys.unraisablehook(closed)
     sys.unraisablehook(other)
     assert shown == [other]
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_damage(tiny_config, tmp_path, capsys):
+    experiment = set_up(tiny_config())
+    state = host_copy(experiment.initial_state()).replace(step=np.array(3, np.int32))
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
+    with contextlib.closing(checkpoints):
+        checkpoints.save(state, {"since_log": [], "hardware": {}}, best_step=0)
+    (tmp_path / "checkpoints" / "3").rename(tmp_path / "checkpoints" / "9")
+    with pytest.raises(UserError, match=r"none of the checkpoints in .* can be read"):
+        checkpoints.restore_latest(experiment.abstract_state)
+    assert "(it is that of step 3, in a folder of another name)" in capsys.readouterr().err

@@ -251,7 +251,7 @@ def test_a_run_on_more_devices_is_evaluated_here_with_the_same_numbers(
     found = evaluate_run(saved_config(tmp_path / "run"), tmp_path / "run").results["latest"]
     assert found["test_loss"] == pytest.approx(summary["final_test_loss"], rel=1e-4)
     config.num_devices = 1024
-    with pytest.raises(UserError, match=r"config\.num_devices = 1024, but there are only"):
+    with pytest.raises(UserError, match=r"config\.num_devices = 1024, but the number of"):
         evaluate_run(config, tmp_path / "run")
 
 

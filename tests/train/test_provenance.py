@@ -14,6 +14,7 @@ from mimicnorm_jax.train import provenance
 from mimicnorm_jax.train.loop import train
 from mimicnorm_jax.train.provenance import code, config_as_json, config_digest
 from mimicnorm_jax.train.setup import set_up
+from mimicnorm_jax.train.workdir import saved_config
 
 
 def test_the_summary_records_what_a_run_was_made_with(tiny_config, tmp_path, monkeypatch):
@@ -89,7 +90,9 @@ class TestMachine:
         train(config, tmp_path / "run")
         monkeypatch.setenv("NPROC", "77")
         strict = tiny_config(network="mlp", max_steps=3, require_same_machine=True)
-        with pytest.raises(UserError, match=r"was saved on another machine, .*threads \d+, now 77"):
+        with pytest.raises(
+            UserError, match=r"a run that computed otherwise: .*threads \d+, now 77"
+        ):
             train(strict, tmp_path / "run")
         capsys.readouterr()
         train(tiny_config(network="mlp", max_steps=3), tmp_path / "run")
@@ -111,3 +114,17 @@ class TestMachine:
             checkpoint = tmp_path / "run" / "checkpoints" / str(steps)
             progress = json.loads((checkpoint / "progress" / "metadata").read_text())
             assert progress["hardware_since"] == since
+
+    def test_a_configuration_that_was_edited_is_noticed(self, tiny_config, tmp_path, capsys):
+        folder = tmp_path / "run"
+        train(tiny_config(network="mlp", max_steps=2), folder)
+        config = saved_config(folder)
+        config.max_steps = 3
+        train(config, folder)
+        assert "config.json is not what this checkpoint" not in capsys.readouterr().out
+        fields = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(fields | {"learning_rate": 0.01}))
+        config = saved_config(folder)
+        config.max_steps = 4
+        train(config, folder)
+        assert "WARNING: config.json is not what this checkpoint" in capsys.readouterr().out

@@ -181,7 +181,6 @@ def test_json_of_flags_is_complete():
     [
         (["--config.max_steps=1e3"], ["--config.max_steps=1000"], ()),
         (["--config.max_steps", "1_000"], ["--config.max_steps=1000"], ()),
-        (["--config.seed=1.5"], ["--config.seed=1.5"], ()),
         (["--config.max_steps=None"], [], ("max_steps",)),
         (["--config.max_steps=5", "--config.max_steps="], [], ("max_steps",)),
         (["--config.max_steps=None", "--config.max_steps=5"], ["--config.max_steps=5"], ()),
@@ -196,3 +195,15 @@ def test_json_of_flags_is_complete():
 def test_values_are_read_as_people_write_them(given, read, unset):
     found = read_values(["program", *given])
     assert found.argv == ["program", *read] and found.unset == unset
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--config.seed=1.5", r"--config\.seed='1\.5' is not a whole number"),
+        ("--config.data.flip=maybe", r"--config\.data\.flip='maybe' is neither true nor false"),
+    ],
+)
+def test_values_of_another_kind_are_said_in_words(given, said):
+    with pytest.raises(UserError, match=said):
+        read_values(["program", given])

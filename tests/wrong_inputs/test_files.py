@@ -11,6 +11,7 @@ import pytest
 
 import mimicnorm_jax
 from mimicnorm_jax.errors import UserError
+from mimicnorm_jax.main import main
 from mimicnorm_jax.tools import verify
 from mimicnorm_jax.train import loop
 from mimicnorm_jax.train.metrics import plot_curves
@@ -184,3 +185,21 @@ def test_compiled_programs_that_a_run_names_are_not_taken(runs, tmp_path):
     (folder / "config.json").write_text(json.dumps(fields))
     assert saved_config(folder).compilation_cache == "auto"
     assert not (folder / "programs").exists()
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # by ml_collections
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b'{"a":', "cannot read {}: Expecting value"),
+        (b"\xff\xfe", "cannot read {}: "),
+        (b'{"width": "x"}', "{}: width = 'x': "),
+    ],
+)
+def test_a_run_that_is_given_alone_names_its_configuration(content, said, runs, tmp_path, capsys):
+    """The folder stands for a config file then, whose errors come in another way."""
+    folder = shutil.copytree(runs.folder, tmp_path / "run")
+    (folder / "config.json").write_bytes(content)
+    assert main([f"--workdir={folder}"]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {said.format(folder / 'config.json')}" in error and error.count("\n") == 1
