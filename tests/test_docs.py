@@ -10,6 +10,7 @@ from flax import nnx
 
 import mimicnorm_jax
 from mimicnorm_jax import theory
+from mimicnorm_jax.config import FREE_FIELDS
 from tests.conftest import ROOT
 
 PAGES = sorted(
@@ -180,3 +181,9 @@ def test_the_pages_of_the_site_are_in_its_contents():
     index = (ROOT / "docs" / "index.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert page.stem == "index" or f"<{page.stem}>" in index
+
+
+def test_the_fields_that_may_change_are_listed():
+    page = (ROOT / "docs" / "train.md").read_text()
+    (listed,) = re.findall(r"may be others then \((.*?)\); all else", page, re.DOTALL)
+    assert sorted(re.findall(r"`([\w.]+)`", listed)) == sorted(FREE_FIELDS)

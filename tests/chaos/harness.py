@@ -287,8 +287,8 @@ def run_chaos(
     arguments = (*RUN, f"--config.epochs={epochs}", f"--config.network={network}")
     if workers:
         arguments += decoded_by_workers(folder / "images", workers)
-    if isinstance(others, int):
-        others = [OTHERS[i % len(OTHERS)] for i in range(others)]
+    if isinstance(others, int):  # each kind of run is hurt in each way
+        others = [OTHERS[i // 2 % len(OTHERS)] for i in range(others)]
     reports = []
     for count in (1, 2):
         kills, saves = ((n + 2 - count) // 2 for n in (sigkills, during_save))
