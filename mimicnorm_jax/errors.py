@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 
 _MOST_LISTED = 30  # names
 _MOST_PRINTED = 300  # characters of the beginning and of the end of a message
+_MOST_QUOTED = 200  # of a library's
 _LONGEST = 80  # characters of what was given
 
 
@@ -54,18 +55,17 @@ def of_system(error: OSError) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, if need be cut, or its name where it has none."""
-    line = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return line if len(line) <= _MOST_PRINTED else f"{line[:_MOST_PRINTED]}…"
+    return _cut(next(iter(str(error).splitlines()), "") or type(error).__name__, _MOST_QUOTED)
 
 
 def one_line(message: str) -> str:
     """A message as a program prints it: without line breaks, and no longer than a person reads."""
-    line = " ".join(message.splitlines())
-    return (
-        line
-        if len(line) <= 2 * _MOST_PRINTED
-        else f"{line[:_MOST_PRINTED]} … {line[-_MOST_PRINTED:]}"
-    )
+    return _cut(" ".join(message.splitlines()), _MOST_PRINTED)
+
+
+def _cut(line: str, most: int) -> str:
+    """Its beginning and its end, where a library often says the cause."""
+    return line if len(line) <= 2 * most else f"{line[:most]} … {line[-most:]}"
 
 
 def print_anything() -> None:

@@ -128,7 +128,7 @@ def test_a_damaged_export_is_named(runs, tmp_path):
     for change, said in (
         ({"format": 2}, "has format 2, and this version"),
         ({"build": {}}, "a network of your own"),
-        ({"build": {"config": values["build"]["config"]}}, "is damaged: KeyError"),
+        ({"build": {"config": values["build"]["config"]}}, "is damaged: it has no description"),
     ):
         (out / "config.json").write_text(json.dumps(values | change))
         with pytest.raises(UserError, match=said):
