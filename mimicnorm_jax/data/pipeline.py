@@ -15,10 +15,12 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
+from multiprocessing import resource_tracker
 from typing import TypeVar
 
 import numpy as np
@@ -190,6 +192,7 @@ class Pipeline:
             processes = grain.MultiprocessingOptions(
                 num_workers=workers.processes, per_worker_buffer_size=1
             )
+            start_silent_resource_tracker()
             iterable = iterable.mp_prefetch(processes, worker_init_fn=_serve_one_parent)
         iterator = iter(iterable)
         try:
@@ -200,6 +203,25 @@ class Pipeline:
         finally:
             if hasattr(iterator, "close"):  # older versions of Grain leave it to the collector
                 iterator.close()
+
+
+def start_silent_resource_tracker() -> None:
+    """Starts Python's process that takes shared memory back, without an error output.
+
+    Where a run leaves at once, as from a full disk, much is to be taken back: it would tell of each
+    piece, with tracebacks of what the workers have taken back themselves.
+    """
+    if os.name != "posix":
+        return
+    sys.stderr.flush()
+    ours = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        resource_tracker.ensure_running()
+    finally:
+        os.dup2(ours, 2)
+        os.close(ours)
 
 
 def _serve_one_parent(index: int, count: int) -> None:

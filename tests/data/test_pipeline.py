@@ -3,7 +3,10 @@ import hashlib
 import io
 import multiprocessing
 import os
+import pathlib
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -265,3 +268,23 @@ class TestPrefetch:
         assert [step for step, _ in placed] == [0, 1, 2]
         assert placed[0][1] != threading.get_ident()
         items.close()
+
+
+def test_memory_that_a_run_leaves_behind_is_taken_back_in_silence():
+    program = (
+        "import os, sys\n"
+        "from multiprocessing import shared_memory\n"
+        "from mimicnorm_jax.data.pipeline import start_silent_resource_tracker\n"
+        "start_silent_resource_tracker()\n"
+        "memory = shared_memory.SharedMemory(create=True, size=10)\n"
+        "print(memory.name, flush=True)\n"
+        "print('heard', file=sys.stderr, flush=True)\n"
+        "os._exit(0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stderr == "heard\n"
+    memory = pathlib.Path("/dev/shm", done.stdout.strip().lstrip("/"))
+    deadline = time.monotonic() + 10
+    while memory.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not memory.exists()
