@@ -214,7 +214,10 @@ def start_silent_resource_tracker() -> None:
     if os.name != "posix":
         return
     sys.stderr.flush()
-    ours = os.dup(2)
+    try:
+        ours = os.dup(2)
+    except OSError:  # which is closed
+        return
     try:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
