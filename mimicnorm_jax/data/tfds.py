@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from mimicnorm_jax.data.layout import chosen_split
 from mimicnorm_jax.data.sources import EncodedSource, View, digest
-from mimicnorm_jax.errors import UserError, first_line, one_line, refused_by_system, unknown
+from mimicnorm_jax.errors import UserError, first_line, refused_by_system, unknown
 from mimicnorm_jax.paths import expanded
 
 FORMAT = "array_record"
@@ -23,6 +23,7 @@ PREPARABLE = ("cifar10", "cifar100", "mnist", "imagenet2012")
 IMPORT = "import.json"  # beside the description of a build that was imported
 _INFO = "dataset_info.json"
 _VERSION = r"\d+\.\d+\.\d+"
+_LONGEST_NAME = 255  # of a folder, which it names
 _OTHER_FILES = 256  # that a process may have open beside the shards
 
 
@@ -104,6 +105,8 @@ def read_builder(path: pathlib.Path) -> Any:
         builder = tfds.builder_from_directory(path)
         for split in builder.info.splits.values():
             _ = split.filepaths  # which it makes of the description when asked
+        if len(builder.name) > _LONGEST_NAME:
+            raise ValueError(f"its name has {len(builder.name)} letters")
         return builder
     except Exception as error:  # whatever a damaged JSON file makes it raise
         reason = first_line(error)
@@ -199,7 +202,7 @@ def open_build(path: pathlib.Path) -> Any:
     for split in builder.info.splits.values():
         for shard, expected in zip(split.filepaths, split.shard_lengths, strict=True):
             if not os.path.isfile(shard):
-                raise UserError(f"{one_line(str(shard))} is missing; remove {path} and {advice}")
+                raise UserError(f"{shard} is missing; remove {path} and {advice}")
             try:
                 records = len(ArrayRecordDataSource([str(shard)]))
             except Exception as error:  # a C++ error without a type

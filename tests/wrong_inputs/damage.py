@@ -131,7 +131,7 @@ def outcome(reader: Callable[[], Any], begun: type[BaseException] | None = None)
             reader()
         except REFUSALS as error:
             line = str(error)
-            if "\n" in line or len(line) > 1200:  # programs cut what they print
+            if "\n" in line or len(line) > 700:
                 return f"a long line: {line[:100]!r}"
             return "refused"
         except BaseException as error:
