@@ -182,43 +182,29 @@ def test_a_terminal_that_is_closed_is_no_reason_to_stay(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+    ("count", "number", "said"),
+    [
+        (1, signal.SIGTERM, "SIGTERM"),
+        pytest.param(1, signal.SIGINT, "SIGINT", marks=pytest.mark.long),
+        (2, signal.SIGTERM, "SIGTERM or preemption"),
+        pytest.param(2, signal.SIGHUP, "SIGTERM or preemption", marks=pytest.mark.long),
+    ],
 )
-def test_a_stop_while_the_step_compiles_is_answered_at_once(number, tmp_path, tiny):
+def test_a_stop_while_the_step_compiles_is_answered_at_once(count, number, said, tmp_path, tiny):
+    """By all processes, whichever is told."""
     extra = ("--config.network=resnet110", "--config.compilation_cache=", LONG)
     (tmp_path / "cache").mkdir()
     with Run(
         tmp_path / "out",
         *(*tiny, *extra, "--stopped-exit-code=75"),
+        count=count,
         JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"),
     ) as run:
         run.wait_until(lambda: "compiling the training step" in run.output())
         time.sleep(1.0)
         began = time.monotonic()
-        run[0].send_signal(number)
-        assert run.wait(60) == [75]
+        run[count - 1].send_signal(number)
+        assert run.wait(60) == [75] * count
         assert time.monotonic() - began < 5
-        assert f"stopped by {number.name} before a step; resume with the same" in run.output()
-        assert "compiled and ran" not in run.output()
-
-
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.long)]
-)
-def test_so_it_is_by_all_processes_whichever_is_told(number, tmp_path, tiny):
-    extra = ("--config.network=resnet110", "--config.compilation_cache=", LONG)
-    (tmp_path / "cache").mkdir()
-    with Run(
-        tmp_path / "out",
-        *(*tiny, *extra, "--stopped-exit-code=75"),
-        count=2,
-        JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"),
-    ) as run:
-        run.wait_until(lambda: "compiling the training step" in run.output())
-        time.sleep(1.0)
-        began = time.monotonic()
-        run[1].send_signal(number)
-        assert run.wait(60) == [75, 75]
-        assert time.monotonic() - began < 5
-        assert "stopped by SIGTERM or preemption before a step" in run.output()
+        assert f"stopped by {said} before a step; resume with the same" in run.output()
         assert "compiled and ran" not in run.output()
